@@ -1,0 +1,105 @@
+// Eight lanes: AVX2, FMA, F16C. Included only by files built for avx2 or avxvnni; see vec_math.h.
+#pragma once
+
+#include <immintrin.h>
+
+#include "common/dtype.h"
+
+namespace pycompress {
+namespace {
+
+struct Vec {
+  using F = __m256;
+  using I = __m256i;
+  static constexpr int kLanes = 8;
+
+  static F zero() { return _mm256_setzero_ps(); }
+  static F set1(float v) { return _mm256_set1_ps(v); }
+  static F load(const float* p) { return _mm256_loadu_ps(p); }
+  static void store(float* p, F v) { _mm256_storeu_ps(p, v); }
+  static F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+  static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  static F div(F a, F b) { return _mm256_div_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static F fnma(F a, F b, F c) { return _mm256_fnmadd_ps(a, b, c); }
+  // Where one operand is NaN both return the second.
+  static F min(F a, F b) { return _mm256_min_ps(a, b); }
+  static F max(F a, F b) { return _mm256_max_ps(a, b); }
+  static F abs(F a) { return _mm256_and_ps(a, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff))); }
+  static F round(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  // a where x is negative or -0, else b
+  static F if_negative(F x, F a, F b) { return _mm256_blendv_ps(b, a, x); }
+
+  static I izero() { return _mm256_setzero_si256(); }
+  static I iset1(int32_t v) { return _mm256_set1_epi32(v); }
+  static I iload(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+  static void istore(void* p, I v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
+  static I iadd(I a, I b) { return _mm256_add_epi32(a, b); }
+  static I to_int(F a) { return _mm256_cvtps_epi32(a); }  // round to nearest even
+  static F to_float(I a) { return _mm256_cvtepi32_ps(a); }
+  static F pow2(I n) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23)); }
+
+  // 32 bytes of raw elements: the magnitude bits, and their running maximum. The order of the bits of |x| is the
+  // order of |x|, with infinity and then NaN above every finite value.
+  template <Dtype D>
+  static I max_magnitude(I running, I raw) {
+    if constexpr (D == Dtype::f32) {
+      return _mm256_max_epu32(running, _mm256_and_si256(raw, _mm256_set1_epi32(0x7fffffff)));
+    } else {
+      return _mm256_max_epu16(running, _mm256_and_si256(raw, _mm256_set1_epi16(0x7fff)));
+    }
+  }
+
+  static uint32_t reduce_max_u32(I v) {
+    alignas(32) uint32_t lane[8];
+    istore(lane, v);
+    for (int i = 1; i < 8; ++i) lane[0] = lane[i] > lane[0] ? lane[i] : lane[0];
+    return lane[0];
+  }
+  static uint16_t reduce_max_u16(I v) {
+    const I odd = _mm256_srli_epi32(v, 16), even = _mm256_and_si256(v, _mm256_set1_epi32(0xffff));
+    return uint16_t(reduce_max_u32(_mm256_max_epu32(odd, even)));
+  }
+
+  template <Dtype D>
+  static F load_as(const void* p) {
+    if constexpr (D == Dtype::f32) return _mm256_loadu_ps(static_cast<const float*>(p));
+    const __m128i half = _mm_loadu_si128(static_cast<const __m128i*>(p));
+    if constexpr (D == Dtype::f16) return _mm256_cvtph_ps(half);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+  }
+
+  template <Dtype D>
+  static void store_as(void* p, F v) {
+    if constexpr (D == Dtype::f32) {
+      _mm256_storeu_ps(static_cast<float*>(p), v);
+    } else {
+      _mm_storeu_si128(static_cast<__m128i*>(p), to_half<D>(v));
+    }
+  }
+
+  template <Dtype D>
+  static void store_as(void* p, F v, int count) {  // the first `count` lanes
+    alignas(32) char all[32];
+    store_as<D>(all, v);
+    std::memcpy(p, all, size_t(count) * (D == Dtype::f32 ? 4 : 2));
+  }
+
+ private:
+  template <Dtype D>
+  static __m128i to_half(F v) {
+    if constexpr (D == Dtype::f16) return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));  // a NaN must not round to infinity
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i words = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(words, words), 0x08);
+    return _mm256_castsi256_si128(packed);
+  }
+};
+
+}  // namespace
+}  // namespace pycompress

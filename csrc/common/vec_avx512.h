@@ -1,0 +1,101 @@
+// Sixteen lanes: AVX-512 F, BW, DQ, VL. Included only by files built for avx512 or better; see vec_math.h.
+#pragma once
+
+#include <immintrin.h>
+
+#include "common/dtype.h"
+
+namespace pycompress {
+namespace {
+
+struct Vec {
+  using F = __m512;
+  using I = __m512i;
+  static constexpr int kLanes = 16;
+
+  static F zero() { return _mm512_setzero_ps(); }
+  static F set1(float v) { return _mm512_set1_ps(v); }
+  static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
+  static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F div(F a, F b) { return _mm512_div_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F fnma(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }
+  // Where one operand is NaN both return the second.
+  static F min(F a, F b) { return _mm512_min_ps(a, b); }
+  static F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static F abs(F a) { return _mm512_abs_ps(a); }
+  static F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  // a where x is negative or -0, else b
+  static F if_negative(F x, F a, F b) { return _mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(x)), b, a); }
+
+  static I izero() { return _mm512_setzero_si512(); }
+  static I iset1(int32_t v) { return _mm512_set1_epi32(v); }
+  static I iload(const void* p) { return _mm512_loadu_si512(p); }
+  static void istore(void* p, I v) { _mm512_storeu_si512(p, v); }
+  static I iadd(I a, I b) { return _mm512_add_epi32(a, b); }
+  static I to_int(F a) { return _mm512_cvtps_epi32(a); }  // round to nearest even
+  static F to_float(I a) { return _mm512_cvtepi32_ps(a); }
+  static F pow2(I n) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n, _mm512_set1_epi32(127)), 23)); }
+
+  // 64 bytes of raw elements: the magnitude bits, and their running maximum. The order of the bits of |x| is the
+  // order of |x|, with infinity and then NaN above every finite value.
+  template <Dtype D>
+  static I max_magnitude(I running, I raw) {
+    if constexpr (D == Dtype::f32) {
+      return _mm512_max_epu32(running, _mm512_and_si512(raw, _mm512_set1_epi32(0x7fffffff)));
+    } else {
+      return _mm512_max_epu16(running, _mm512_and_si512(raw, _mm512_set1_epi16(0x7fff)));
+    }
+  }
+
+  static uint32_t reduce_max_u32(I v) { return _mm512_reduce_max_epu32(v); }
+  static uint16_t reduce_max_u16(I v) {
+    const I odd = _mm512_srli_epi32(v, 16), even = _mm512_and_si512(v, _mm512_set1_epi32(0xffff));
+    return uint16_t(_mm512_reduce_max_epu32(_mm512_max_epu32(odd, even)));
+  }
+
+  template <Dtype D>
+  static F load_as(const void* p) {
+    if constexpr (D == Dtype::f32) return _mm512_loadu_ps(p);
+    const __m256i half = _mm256_loadu_si256(static_cast<const __m256i*>(p));
+    if constexpr (D == Dtype::f16) return _mm512_cvtph_ps(half);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  }
+
+  template <Dtype D>
+  static void store_as(void* p, F v) {
+    if constexpr (D == Dtype::f32) {
+      _mm512_storeu_ps(p, v);
+    } else {
+      _mm256_storeu_si256(static_cast<__m256i*>(p), to_half<D>(v));
+    }
+  }
+
+  template <Dtype D>
+  static void store_as(void* p, F v, int count) {  // the first `count` lanes
+    const __mmask16 mask = __mmask16((1u << count) - 1);
+    if constexpr (D == Dtype::f32) {
+      _mm512_mask_storeu_ps(p, mask, v);
+    } else {
+      _mm256_mask_storeu_epi16(p, mask, to_half<D>(v));
+    }
+  }
+
+ private:
+  template <Dtype D>
+  static __m256i to_half(F v) {
+    if constexpr (D == Dtype::f16) return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));  // a NaN must not round to infinity
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_blend_epi32(nan, rounded, quiet), 16));
+  }
+};
+
+}  // namespace
+}  // namespace pycompress

@@ -1,0 +1,117 @@
+#include <algorithm>
+#include <cstddef>
+#include <cstring>
+
+#include "common/check.h"
+#include "common/memory.h"
+#include "int8_matmul/int8_matmul.h"
+
+namespace pycompress::int8_matmul {
+namespace {
+
+const Layout* find_layout(int id) {
+  for (const Layout& layout : kLayouts) {
+    if (layout.id == id) return &layout;
+  }
+  return nullptr;
+}
+
+int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
+
+// FNV-1a. Guards against a damaged or foreign buffer, not against an attacker.
+uint64_t header_checksum(const PackedHeader& header) {
+  const auto* bytes = reinterpret_cast<const unsigned char*>(&header);
+  uint64_t hash = 1469598103934665603ull;
+  for (size_t i = 0; i < offsetof(PackedHeader, checksum); ++i) hash = (hash ^ bytes[i]) * 1099511628211ull;
+  return hash;
+}
+
+int64_t sums_bytes(const Layout& layout, int64_t n) { return round_up(padded_n(layout, n) * 4, kAlignment); }
+
+// Where weight [n,k] lies, counted from the start of the panels.
+int64_t position(const Layout& layout, int64_t n, int64_t k, int64_t total_n, int64_t total_k) {
+  const int64_t panel = n / layout.nr, column = n % layout.nr;
+  const int64_t padded_k = round_up(total_k, layout.ku);
+  const int64_t width = std::min<int64_t>(layout.nr, padded_n(layout, total_n) - panel * layout.nr);
+  return panel * layout.nr * padded_k + (k / layout.ku * width + column) * layout.ku + k % layout.ku;
+}
+
+}  // namespace
+
+int64_t padded_n(const Layout& layout, int64_t n) { return round_up(n, layout.lanes); }
+
+int64_t panel_count(const Layout& layout, int64_t n) { return (n + layout.nr - 1) / layout.nr; }
+
+int64_t packed_bytes(const Layout& layout, int64_t n, int64_t k) {
+  check(n >= 0 && k >= 0 && k <= kMaxK && n <= (int64_t(1) << 40) / (k + 8),
+        "int8_matmul: weight [N=", n, ", K=", k, "] is out of range; K may be at most ", kMaxK);
+  return int64_t(sizeof(PackedHeader)) + sums_bytes(layout, n) + padded_n(layout, n) * round_up(k, layout.ku);
+}
+
+void pack(const Layout& layout, const int8_t* weight, int64_t n, int64_t k, int64_t ld, void* dst) {
+  const int64_t bytes = packed_bytes(layout, n, k);
+  check(reinterpret_cast<uintptr_t>(dst) % kAlignment == 0, "int8_matmul: the packed weight must be 64-byte aligned");
+  advise_huge_pages(dst, size_t(bytes));
+
+  auto* base = static_cast<char*>(dst);
+  PackedHeader header{};
+  header.magic = kPackedMagic;
+  header.version = kPackedVersion;
+  header.layout = uint16_t(layout.id);
+  header.n = n;
+  header.k = k;
+  header.total_bytes = bytes;
+  header.checksum = header_checksum(header);
+  std::memcpy(base, &header, sizeof header);
+
+  auto* sums = reinterpret_cast<int32_t*>(base + sizeof header);
+  auto* panels = reinterpret_cast<uint8_t*>(base + sizeof header + sums_bytes(layout, n));
+  std::memset(sums, 0, size_t(sums_bytes(layout, n)));
+  std::memset(panels, layout.offset, size_t(padded_n(layout, n) * round_up(k, layout.ku)));
+  for (int64_t row = 0; row < n; ++row) {
+    for (int64_t kk = 0; kk < k; kk += layout.ku) {
+      uint8_t* group = panels + position(layout, row, kk, n, k);
+      for (int64_t j = 0; j < layout.ku && kk + j < k; ++j) {
+        const int8_t value = weight[row * ld + kk + j];
+        sums[row] += value;
+        group[j] = uint8_t(value + layout.offset);
+      }
+    }
+  }
+}
+
+void unpack_row(const PackedWeight& packed, int64_t n, int8_t* row) {
+  const Layout& layout = *packed.layout;
+  for (int64_t kk = 0; kk < packed.k; kk += layout.ku) {
+    const uint8_t* group = packed.panels + position(layout, n, kk, packed.n, packed.k);
+    for (int64_t j = 0; j < layout.ku && kk + j < packed.k; ++j) row[kk + j] = int8_t(group[j] - layout.offset);
+  }
+}
+
+void unpack(const PackedWeight& packed, int8_t* weight, int64_t ld) {
+  for (int64_t n = 0; n < packed.n; ++n) unpack_row(packed, n, weight + n * ld);
+}
+
+PackedWeight open_packed(const void* data, int64_t bytes) {
+  const char* remedy = "; pack it again from the int8 weight (pack_weight, or load_state_dict into a module)";
+  check(reinterpret_cast<uintptr_t>(data) % kAlignment == 0, "int8_matmul: the packed weight must be 64-byte aligned",
+        remedy);
+  check(bytes >= int64_t(sizeof(PackedHeader)), "int8_matmul: packed weight of ", bytes, " bytes is too short for its ",
+        sizeof(PackedHeader), "-byte header", remedy);
+  PackedHeader header;
+  std::memcpy(&header, data, sizeof header);
+  check(header.magic == kPackedMagic, "int8_matmul: this is not a packed int8 weight (magic ", header.magic, ")", remedy);
+  check(header.version == kPackedVersion, "int8_matmul: packed weight has version ", header.version, ", expected ",
+        kPackedVersion, remedy);
+  check(header.checksum == header_checksum(header), "int8_matmul: the header of the packed weight is corrupt", remedy);
+  const Layout* layout = find_layout(header.layout);
+  check(layout != nullptr, "int8_matmul: packed weight has the unknown layout ", header.layout, remedy);
+  check(header.total_bytes == bytes && packed_bytes(*layout, header.n, header.k) == bytes,
+        "int8_matmul: packed weight [N=", header.n, ", K=", header.k, "] should have ", header.total_bytes,
+        " bytes, got ", bytes, remedy);
+  const auto* base = static_cast<const char*>(data);
+  return {layout, header.n, header.k, reinterpret_cast<const int32_t*>(base + sizeof header),
+          reinterpret_cast<const uint8_t*>(base + sizeof header + sums_bytes(*layout, header.n))};
+}
+
+}  // namespace pycompress::int8_matmul

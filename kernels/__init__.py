@@ -1,0 +1,1 @@
+"""Triton kernels, installed as ``pycompress.kernels``. None yet: the CPU kernels are in csrc/."""

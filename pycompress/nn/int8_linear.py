@@ -1,0 +1,281 @@
+"""``Int8Linear``: ``nn.Linear`` with an int8 weight.
+
+State. A checkpoint holds plain tensors: ``weight`` int8 (N, K), ``weight_scale`` float32 (N,), ``bias``, and in static
+mode ``input_scale`` and ``input_zero_point``. In memory the module keeps one copy of the weight, in the non-persistent
+buffer ``_weight``: on the CPU packed for the kernels of this machine, on other devices plain. It is rebuilt from the
+plain form wherever the module moves, loads, is copied or unpickled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pycompress import ops
+from pycompress.ops.int8_matmul import check_options
+from pycompress.ops.int8_matmul_eager import EagerPlan, is_plain_eager
+
+_ACTIVATION_MODULES: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+    "silu": nn.SiLU,
+}
+
+
+def _float_weight(linear: nn.Module) -> Tensor:
+    """The (N, K) weight of ``nn.Linear``, or of transformers' ``Conv1D``, which keeps it as (K, N)."""
+    weight = getattr(linear, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        raise ValueError(f"Int8Linear.from_float: expected an nn.Linear, got {type(linear).__name__}")
+    return weight.t() if type(linear).__name__ == "Conv1D" else weight
+
+
+class Int8Linear(nn.Module):
+    """``y = act(x @ weight^T + bias)`` with an int8 weight, one scale an output row.
+
+    Args:
+        in_features, out_features: K and N.
+        bias: whether there is a bias (a float parameter, which may be trained).
+        mode: ``"dynamic"`` (activations quantised per token), ``"static"`` (per tensor, calibrated) or
+            ``"weight_only"`` (activations stay float).
+        activation: fused into the kernel: ``"none"``, ``"relu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"silu"``.
+        backend: ``"auto"``, ``"native"`` or ``"reference"``; a named one runs or raises.
+
+    Input ``(..., K)`` float32, bfloat16 or float16; output ``(..., N)`` of the same dtype. A new module holds a zero
+    weight, to be filled by ``load_state_dict``; :meth:`from_float` makes one from a trained layer.
+    """
+
+    weight_scale: Tensor
+    input_scale: Tensor | None
+    input_zero_point: Tensor | None
+    _weight: Tensor
+    _plan: EagerPlan | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        mode: str = "dynamic",
+        activation: str = "none",
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        check_options(mode, activation, backend)
+        self.in_features, self.out_features = in_features, out_features
+        self.mode, self.activation, self.backend = mode, activation, backend
+        weight = torch.zeros(out_features, in_features, dtype=torch.int8, device=device)
+        self.register_buffer("_weight", weight, persistent=False)
+        self.register_buffer("weight_scale", torch.ones(out_features, device=device, dtype=torch.float32))
+        static = mode == "static"
+        self.register_buffer("input_scale", torch.ones((), device=device) if static else None)
+        zero_point = torch.zeros((), dtype=torch.int32, device=device) if static else None
+        self.register_buffer("input_zero_point", zero_point)
+        self.register_parameter("bias", nn.Parameter(torch.zeros(out_features, device=device)) if bias else None)
+        self._arrange()
+
+    @classmethod
+    def from_float(
+        cls,
+        linear: nn.Module,
+        mode: str = "dynamic",
+        activation: str | None = None,
+        *,
+        input_range: tuple[float, float] | None = None,
+        backend: str = "auto",
+    ) -> Int8Linear:
+        """Quantise an ``nn.Linear`` (or transformers' ``Conv1D``), which stays as it is.
+
+        Args:
+            linear: the trained layer; its device, training flag and the dtype of its bias carry over.
+            activation: fused activation, none by default.
+            input_range: least and greatest activation, needed by (and only by) static mode; ``calibrate`` finds it.
+
+        Raises:
+            ValueError: an unknown option, a weight that holds NaN or Inf or is on the meta device, or a missing or
+                superfluous ``input_range``.
+        """
+        check_options(mode, activation or "none", backend)
+        if (input_range is not None) != (mode == "static"):
+            raise ValueError(
+                f"Int8Linear.from_float: input_range={input_range} with mode={mode!r}; static mode needs a range "
+                "(calibrate finds it), the others take none"
+            )
+        qparams = ops.affine_qparams(*input_range) if input_range is not None else None
+        quantized, scale = ops.quantize_weight(_float_weight(linear))
+        bias = linear.bias if isinstance(linear.bias, Tensor) else None
+
+        n, k = quantized.shape
+        module = cls(
+            k, n, bias is not None, mode=mode, activation=activation or "none", backend=backend, device="meta"
+        )
+        module._weight, module.weight_scale = quantized, scale
+        if bias is not None:
+            module.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+        if qparams is not None:
+            module.input_scale = torch.tensor(qparams[0], dtype=torch.float32, device=scale.device)
+            module.input_zero_point = torch.tensor(qparams[1], dtype=torch.int32, device=scale.device)
+        module._arrange()
+        return module.train(linear.training)
+
+    def to_float(self) -> nn.Module:
+        """The ``nn.Linear`` with the dequantised weight; followed by the fused activation in an ``nn.Sequential``."""
+        dtype = torch.float32 if self.bias is None else self.bias.dtype
+        linear = nn.Linear(
+            self.in_features, self.out_features, self.bias is not None, device=self.weight_scale.device, dtype=dtype
+        )
+        with torch.no_grad():
+            linear.weight.copy_(self.weight.float() * self.weight_scale[:, None])
+            if self.bias is not None:
+                linear.bias.copy_(self.bias)
+        linear.train(self.training)
+        if self.activation == "none":
+            return linear
+        return nn.Sequential(linear, _ACTIVATION_MODULES[self.activation]()).train(self.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling() and is_plain_eager(x):
+            y = self._run_eager(x)
+            if y is not None:
+                return y
+        return torch.ops.pycompress.int8_linear.default(  # type: ignore[no-any-return]
+            x,
+            self._weight,
+            self.weight_scale,
+            self.bias,
+            self.mode,
+            self.input_scale,
+            self.input_zero_point,
+            self.activation,
+            self.backend,
+        )
+
+    def _run_eager(self, x: Tensor) -> Tensor | None:
+        own, plan = self._buffers, self._plan
+        tensors = (
+            own["_weight"],
+            own["weight_scale"],
+            self._parameters["bias"],
+            own["input_scale"],
+            own["input_zero_point"],
+        )
+        if plan is None or not plan.is_for(*tensors):
+            plan = self._plan = EagerPlan.make(x, *tensors, self.mode, self.activation, self.backend)
+        return None if plan is None else plan.run(x)
+
+    # ---- state ------------------------------------------------------------------------------------------------
+
+    @property
+    def weight(self) -> Tensor:
+        """int8 (N, K), unpacked anew at each access."""
+        return ops.unpack_weight(self._weight) if self._weight.dtype == torch.uint8 else self._weight
+
+    def memory_bytes(self) -> int:
+        """Bytes of memory the module holds: weight as kept, scales, bias."""
+        held = (self._weight, self.weight_scale, self.bias, self.input_scale, self.input_zero_point)
+        return sum(t.numel() * t.element_size() for t in held if t is not None)
+
+    def _arrange(self) -> None:
+        """Bring the weight into the form that its device wants: packed on the CPU, plain elsewhere."""
+        weight = self._weight
+        if weight.device.type == "cpu":
+            if weight.dtype == torch.int8:
+                self._weight = ops.pack_weight(weight)
+        elif weight.dtype == torch.uint8:
+            shape = (self.out_features, self.in_features)
+            self._weight = weight.new_empty(shape, dtype=torch.int8) if weight.is_meta else ops.unpack_weight(weight)
+        self._plan = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
+        scales = {name: self._buffers[name] for name in ("weight_scale", "input_scale")}
+        super()._apply(fn, recurse)
+        for name, scale in scales.items():
+            moved = self._buffers[name]
+            if scale is not None and moved is not None and moved.dtype != torch.float32:
+                self._buffers[name] = scale.to(moved.device)  # .half() and the like leave the scales alone
+        self._arrange()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state["_buffers"] = {**self._buffers, "_weight": self.weight}
+        state["_plan"] = None
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._arrange()
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        destination[prefix + "weight"] = self.weight
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        rest = dict(state_dict)
+        weight = rest.pop(prefix + "weight", None)
+        errors = self._state_errors(rest, weight, prefix)
+        if errors:  # nothing of this layer is loaded: a weight never meets another weight's scale
+            error_msgs.extend(errors)
+            return
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        if weight is None:
+            if strict:
+                missing_keys.append(prefix + "weight")
+        elif assign or not self._weight.is_meta:
+            self._weight = weight.detach().to(weight.device if assign else self._weight.device, copy=True)
+            self._arrange()
+        super()._load_from_state_dict(
+            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _state_errors(self, rest: Mapping[str, Any], weight: object, prefix: str) -> list[str]:
+        shape = (self.out_features, self.in_features)
+        errors = []
+        if weight is not None and not (
+            isinstance(weight, Tensor) and weight.dtype == torch.int8 and tuple(weight.shape) == shape
+        ):
+            got = f"{weight.dtype} {tuple(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__
+            remedy = ""
+            if isinstance(weight, Tensor) and weight.is_floating_point():
+                remedy = "; a float checkpoint is loaded into the float model first, then quantize_ converts it"
+            errors.append(f"Int8Linear: {prefix}weight is {got}, expected torch.int8 {shape}{remedy}")
+        for name in ("weight_scale", "bias", "input_scale", "input_zero_point"):
+            own, new = getattr(self, name), rest.get(prefix + name)
+            if own is None or new is None:
+                continue
+            if not isinstance(new, Tensor) or new.shape != own.shape:
+                got = str(tuple(new.shape)) if isinstance(new, Tensor) else type(new).__name__
+                errors.append(f"Int8Linear: {prefix}{name} is {got}, expected {tuple(own.shape)}")
+            elif name != "bias" and new.dtype != own.dtype:
+                errors.append(f"Int8Linear: {prefix}{name} is {new.dtype}, expected {own.dtype}")
+        return errors
+
+    def extra_repr(self) -> str:
+        parts = [
+            f"in_features={self.in_features}",
+            f"out_features={self.out_features}",
+            f"bias={self.bias is not None}",
+            f"mode={self.mode}",
+        ]
+        if self.activation != "none":
+            parts.append(f"activation={self.activation}")
+        if self.backend == "reference" or self._weight.dtype != torch.uint8:
+            parts.append("backend=reference")
+        else:
+            parts.append(f"backend=native:{ops.kernel_name(self._weight)}")
+        return ", ".join(parts)

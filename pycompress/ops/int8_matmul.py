@@ -1,0 +1,308 @@
+"""Int8 linear layer as a torch operator: checks, reference, backend table, registration.
+
+``y = act(x_scale[m] * weight_scale[n] * sum_k (qx[m, k] - zero_point) * qw[n, k] + bias[n])``
+
+=============  ====================================================================================================
+mode           activations
+=============  ====================================================================================================
+dynamic        per token: ``x_scale[m] = max_k |x[m, k]| / 127``, ``qx = round(x * (1 / x_scale))``, zero point 0
+static         per tensor, calibrated: ``qx = clamp(round(x * (1 / input_scale)) + input_zero_point, 0, 255)``
+weight_only    stay float, accumulated in fp32
+=============  ====================================================================================================
+
+Weights are symmetric int8 with one scale an output row. The contract of the native kernels, edge cases included,
+is ``csrc/int8_matmul/int8_matmul.h``; ``int8_matmul_reference.py`` is the same in torch and runs on any device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pycompress import _native  # noqa: F401  (loads torch's OpenMP before the compiled module)
+from pycompress import _C
+from pycompress.ops.int8_matmul_reference import Call, apply_activation, reference_int8_linear
+from pycompress.ops.int8_matmul_weight import aligned, pack_weight, plain
+
+MODES = ("dynamic", "static", "weight_only")
+ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
+_MODE_CODES = {name: code for code, name in enumerate(MODES)}
+_ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+# ---- native ---------------------------------------------------------------------------------------------------
+
+
+def _row_layout(x: Tensor) -> tuple[Tensor, tuple[int, int, int, int, int, int]]:
+    """x and (M, K, inner_rows, outer_stride, row_stride, col_stride); copied only if its rows need three levels."""
+    k = x.shape[-1]
+    if x.is_contiguous():
+        m = x.numel() // k if k else x.shape[:-1].numel()
+        return x, (m, k, max(m, 1), 0, k, 1)
+    levels: list[tuple[int, int]] = []  # (size, stride) of the leading dimensions, adjacent ones merged
+    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if levels and levels[-1][1] == stride * size:
+            levels[-1] = (levels[-1][0] * size, stride)
+        else:
+            levels.append((size, stride))
+    if len(levels) > 2:
+        return _row_layout(x.contiguous())
+    inner, row_stride = levels[-1] if levels else (1, 0)
+    outer, outer_stride = levels[0] if len(levels) == 2 else (1, 0)
+    return x, (inner * outer, k, max(inner, 1), outer_stride, row_stride, x.stride(-1))
+
+
+def _native_int8_linear(call: Call) -> Tensor:
+    weight = aligned(call.weight) if call.weight.dtype == torch.uint8 else pack_weight(call.weight)
+    n = call.weight_scale.shape[0]
+    x, layout = _row_layout(call.x)
+    y = torch.empty((*call.x.shape[:-1], n), dtype=x.dtype)
+    plan = native_plan(call, weight)
+    plan.run_strided(x.data_ptr(), layout, DTYPE_CODES[x.dtype], y.data_ptr(), torch.get_num_threads())
+    return y
+
+
+def native_plan(call: Call, packed: Tensor) -> _C.Int8Plan:
+    """All but x and y, as addresses: the tensors must outlive the plan."""
+    bias, input_scale, zero_point = call.bias, call.input_scale, call.input_zero_point
+    return _C.Int8Plan(
+        packed.data_ptr(),
+        packed.numel(),
+        call.weight_scale.data_ptr(),
+        call.weight_scale.shape[0],
+        0 if bias is None else bias.data_ptr(),
+        0 if bias is None else DTYPE_CODES[bias.dtype],
+        0 if input_scale is None else input_scale.data_ptr(),
+        0 if zero_point is None else zero_point.data_ptr(),
+        _MODE_CODES[call.mode],
+        _ACTIVATION_CODES[call.activation],
+    )
+
+
+# ---- backend table --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One row of the table. ``missing(call)`` says why the backend cannot take the call, or None."""
+
+    name: str
+    missing: Callable[[Call], str | None]
+    run: Callable[[Call], Tensor]
+
+
+def _native_missing(call: Call) -> str | None:
+    return None if call.x.device.type == "cpu" else f"x is on {call.x.device}, the native kernels run on the CPU"
+
+
+# Best first; "auto" takes the first that can. A backend that was named runs or raises.
+_TABLE = (
+    Backend("native", _native_missing, _native_int8_linear),
+    Backend("reference", lambda call: None, reference_int8_linear),
+)
+BACKENDS = ("auto", *(backend.name for backend in _TABLE))
+
+
+def pick(backend: str, call: Call) -> Backend:
+    for row in _TABLE:
+        if backend in ("auto", row.name):
+            reason = row.missing(call)
+            if reason is None:
+                return row
+            if backend != "auto":
+                raise ValueError(f"int8_linear: backend={backend!r} cannot run this: {reason}")
+    raise ValueError(f"int8_linear: backend={backend!r}, expected one of {', '.join(BACKENDS)}")
+
+
+# ---- checks ---------------------------------------------------------------------------------------------------
+
+
+def check_options(mode: str, activation: str, backend: str = "auto") -> None:
+    """Raises ``ValueError`` for a name that is not in MODES, ACTIVATIONS or BACKENDS."""
+    for what, value, allowed in (("mode", mode, MODES), ("activation", activation, ACTIVATIONS), ("backend", backend, BACKENDS)):
+        if value not in allowed:
+            raise ValueError(f"int8_linear: {what}={value!r}, expected one of {', '.join(allowed)}")
+
+
+def check(call: Call) -> None:
+    """Everything that can be told from shapes, dtypes and devices; the kernels check the values."""
+    x, weight, scale, bias = call.x, call.weight, call.weight_scale, call.bias
+    check_options(call.mode, call.activation)
+    if x.dtype not in DTYPE_CODES:
+        raise ValueError(f"int8_linear: x has dtype {x.dtype}, expected float32, bfloat16 or float16")
+    if x.dim() == 0:
+        raise ValueError("int8_linear: x is a scalar, expected (..., K)")
+    if scale.dtype != torch.float32 or scale.dim() != 1 or not scale.is_contiguous():
+        raise ValueError(
+            f"int8_linear: weight_scale has {scale.dtype} {tuple(scale.shape)}, expected contiguous float32 (N,)"
+        )
+    if weight.dtype == torch.int8 and weight.dim() == 2:
+        if weight.shape[1] != x.shape[-1]:
+            raise ValueError(f"int8_linear: x has K={x.shape[-1]} but weight has K={weight.shape[1]}")
+        if weight.shape[0] != scale.shape[0]:
+            raise ValueError(
+                f"int8_linear: weight has N={weight.shape[0]} but weight_scale has N={scale.shape[0]}"
+            )
+    elif weight.dtype != torch.uint8 or weight.dim() != 1:
+        raise ValueError(
+            f"int8_linear: weight has {weight.dtype} {tuple(weight.shape)}, expected int8 (N, K) or the result of "
+            "pack_weight"
+        )
+    if bias is not None and (bias.shape != scale.shape or bias.dtype not in DTYPE_CODES or not bias.is_contiguous()):
+        raise ValueError(
+            f"int8_linear: bias has {bias.dtype} {tuple(bias.shape)}, expected contiguous floating ({scale.shape[0]},)"
+        )
+    for name, tensor in (("weight", weight), ("weight_scale", scale), ("bias", bias)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(
+                f"int8_linear: x is on {x.device} but {name} is on {tensor.device}; move one with .to(device)"
+            )
+    if call.mode == "static" or call.input_scale is not None or call.input_zero_point is not None:
+        _check_static(call)
+
+
+def _check_static(call: Call) -> None:
+    if call.mode != "static":
+        raise ValueError(f"int8_linear: input_scale and input_zero_point belong to mode='static', not {call.mode!r}")
+    scale, zero_point = call.input_scale, call.input_zero_point
+    if scale is None or zero_point is None:
+        raise ValueError(
+            "int8_linear: mode='static' needs input_scale and input_zero_point; calibrate gives them, or use "
+            "mode='dynamic'"
+        )
+    if scale.dtype != torch.float32 or scale.numel() != 1:
+        raise ValueError(f"int8_linear: input_scale has {scale.dtype} {tuple(scale.shape)}, expected one float32")
+    if zero_point.dtype != torch.int32 or zero_point.numel() != 1:
+        raise ValueError(
+            f"int8_linear: input_zero_point has {zero_point.dtype} {tuple(zero_point.shape)}, expected one int32"
+        )
+    if scale.device != call.x.device or zero_point.device != call.x.device:
+        raise ValueError(f"int8_linear: input_scale or input_zero_point is not on {call.x.device}, where x is")
+
+
+# ---- registration ---------------------------------------------------------------------------------------------
+
+_LIB = torch.library.Library("pycompress", "FRAGMENT")
+_LIB.define(
+    "int8_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None, str mode='dynamic', "
+    "Tensor? input_scale=None, Tensor? input_zero_point=None, str activation='none', str backend='auto') -> Tensor",
+    tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag),
+)
+
+
+def _run(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    mode: str = "dynamic",
+    input_scale: Tensor | None = None,
+    input_zero_point: Tensor | None = None,
+    activation: str = "none",
+    backend: str = "auto",
+) -> Tensor:
+    call = Call(x, weight, weight_scale, bias, mode, input_scale, input_zero_point, activation)
+    check(call)
+    return pick(backend, call).run(call)
+
+
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    mode: str = "dynamic",
+    input_scale: Tensor | None = None,
+    input_zero_point: Tensor | None = None,
+    activation: str = "none",
+    backend: str = "auto",
+) -> Tensor:
+    check(Call(x, weight, weight_scale, bias, mode, input_scale, input_zero_point, activation))
+    return x.new_empty((*x.shape[:-1], weight_scale.shape[0]))
+
+
+def _autocast(x: Tensor, *args: object, **kwargs: object) -> Tensor:
+    """As ``nn.Linear`` under autocast: x goes to the autocast dtype. Scales and bias stay as they are."""
+    device = x.device.type
+    key = torch._C.DispatchKey.AutocastCPU if device == "cpu" else torch._C.DispatchKey.AutocastCUDA
+    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+        return torch.ops.pycompress.int8_linear.default(  # type: ignore[no-any-return]
+            x.to(torch.get_autocast_dtype(device)) if x.is_floating_point() else x, *args, **kwargs
+        )
+
+
+def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    x, weight, weight_scale, bias, mode, input_scale, input_zero_point, activation, backend = inputs
+    ctx.save_for_backward(x, weight, weight_scale, bias, input_scale, input_zero_point)
+    ctx.options = (mode, activation, backend)  # type: ignore[attr-defined]
+
+
+def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Straight through the rounding: the gradient of ``act(x @ (scale * qw)^T + bias)`` to x and to bias."""
+    x, weight, weight_scale, bias, input_scale, input_zero_point = ctx.saved_tensors  # type: ignore[attr-defined]
+    mode, activation, backend = ctx.options  # type: ignore[attr-defined]
+    if activation != "none":
+        before = torch.ops.pycompress.int8_linear.default(
+            x, weight, weight_scale, bias, mode, input_scale, input_zero_point, "none", backend
+        )
+        with torch.enable_grad():
+            z = before.detach().requires_grad_()
+            grad = torch.autograd.grad(apply_activation(z, activation), z, grad)[0]
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
+        grad_x = grad @ (plain(weight).to(torch.float32) * weight_scale[:, None]).to(grad.dtype)
+    if bias is not None and ctx.needs_input_grad[3]:  # type: ignore[attr-defined]
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32).to(bias.dtype)
+    return grad_x, None, None, grad_bias, None, None, None, None, None
+
+
+_LIB.impl("int8_linear", _run, "CompositeExplicitAutograd")
+_LIB.impl("int8_linear", _autocast, "AutocastCPU")
+_LIB.impl("int8_linear", _autocast, "AutocastCUDA")
+torch.library.register_fake("pycompress::int8_linear", _fake, lib=_LIB)
+torch.library.register_autograd("pycompress::int8_linear", _backward, setup_context=_setup_context, lib=_LIB)
+
+
+def int8_linear(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    mode: str = "dynamic",
+    input_scale: Tensor | None = None,
+    input_zero_point: Tensor | None = None,
+    activation: str = "none",
+    backend: str = "auto",
+) -> Tensor:
+    """``act(x @ (weight * weight_scale)^T + bias)`` with int8 weights; see the module docstring for the formula.
+
+    Args:
+        x: ``(..., K)`` float32, bfloat16 or float16, any strides. The result has its dtype.
+        weight: int8 ``(N, K)``, or what :func:`pack_weight` made of it (do that once: packing costs far more than
+            a multiplication with a few rows).
+        weight_scale: float32 ``(N,)``.
+        bias: floating ``(N,)`` or None.
+        mode: ``"dynamic"``, ``"static"`` or ``"weight_only"``.
+        input_scale, input_zero_point: static mode only: one float32, one int32 in 0..255.
+        activation: ``"none"``, ``"relu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"silu"``, applied before rounding to
+            x's dtype.
+        backend: ``"auto"``, ``"native"`` or ``"reference"``; a named one runs or raises.
+
+    Returns:
+        ``(..., N)``. In dynamic and static mode a row of x that holds NaN or Inf gives a row of NaN.
+        The gradient reaches x and bias, straight through the rounding.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, an unknown mode, activation or backend, a damaged
+            packed weight.
+    """
+    return torch.ops.pycompress.int8_linear.default(  # type: ignore[no-any-return]
+        x, weight, weight_scale, bias, mode, input_scale, input_zero_point, activation, backend
+    )
