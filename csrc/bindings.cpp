@@ -27,7 +27,6 @@ Enum to_enum(int value, int count, const char* what) {
   return static_cast<Enum>(value);
 }
 
-
 // A layer's arguments but for x and y, as addresses that the caller keeps alive. A call then passes five integers,
 // which is what a small product can afford.
 class Int8Plan {

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from pycompress import _native  # noqa: F401  (loads torch's OpenMP before the compiled module)
-from pycompress import _C
+from pycompress import (
+    _C,
+    _native,  # noqa: F401  (loads torch's OpenMP before the compiled module)
+)
 
 _FALLBACK_CACHE_BYTES = 64 << 20
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pycompress import _C, ops
-from pycompress.ops.int8_matmul import Call
+from pycompress.ops.int8_matmul import Call, pick
 from pycompress.ops.int8_matmul_reference import quantize_rows
 from tests import oracle
 
@@ -54,7 +54,9 @@ def test_reference_matches_float64(shape: tuple[int, int, int], dtype: torch.dty
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_activations(isa: str, dtype: torch.dtype, activation: str) -> None:
     """K = 0 leaves act(bias): the whole range of the activation, tails included."""
-    values = torch.cat([torch.linspace(-30, 30, 4001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 90.0, -90.0, 1e4, -1e4])])
+    values = torch.cat(
+        [torch.linspace(-30, 30, 4001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 90.0, -90.0, 1e4, -1e4])]
+    )
     weight, scale = torch.zeros(len(values), 0, dtype=torch.int8), torch.ones(len(values))
     y = ops.int8_linear(torch.zeros(2, 0, dtype=dtype), weight, scale, values, activation=activation)
     bias = values.double().numpy()[None].repeat(2, 0)
@@ -66,7 +68,15 @@ def test_activations(isa: str, dtype: torch.dtype, activation: str) -> None:
 def test_every_tail(isa: str, m: int, n: int) -> None:
     """Every number of rows in a tile with every number of registers in a panel."""
     x, weight, scale, bias = make(m, n, 37)
-    check(x, weight, scale, bias, "dynamic", "relu", run(x, ops.pack_weight(weight), scale, bias, "dynamic", activation="relu"))
+    check(
+        x,
+        weight,
+        scale,
+        bias,
+        "dynamic",
+        "relu",
+        run(x, ops.pack_weight(weight), scale, bias, "dynamic", activation="relu"),
+    )
     check(x, weight, scale, bias, "static", "none", run(x, ops.pack_weight(weight), scale, bias, "static"))
     check(x, weight, scale, bias, "weight_only", "none", run(x, ops.pack_weight(weight), scale, bias, "weight_only"))
 
@@ -74,7 +84,7 @@ def test_every_tail(isa: str, m: int, n: int) -> None:
 @pytest.mark.parametrize("k", [1, 4, 5, 127, 4096, 65472, 65473, 140000])
 @pytest.mark.parametrize("signs", ["same", "opposite", "random"])
 def test_integer_sums_are_exact(isa: str, k: int, signs: str) -> None:
-    """x_scale and weight_scale are 1, so that y is the integer sum: at its extremes, where int16 or int32 would wrap."""
+    """x_scale and weight_scale are 1, so that y is the integer sum, at its extremes: where int16 or int32 wraps."""
     q = torch.full((3, k), 127.0)
     weight = torch.full((18, k), -127 if signs == "opposite" else 127, dtype=torch.int8)
     if signs == "random":
@@ -260,7 +270,9 @@ def test_quantize_weight_formula() -> None:
     w = torch.randn(40, 30, dtype=torch.float64)
     w[3] = 0
     q, scale = ops.quantize_weight(w)
-    expected = np.rint(w.float().numpy() / (np.abs(w.float().numpy()).max(1, keepdims=True) / np.float32(127)).clip(1e-38))
+    expected = np.rint(
+        w.float().numpy() / (np.abs(w.float().numpy()).max(1, keepdims=True) / np.float32(127)).clip(1e-38)
+    )
     np.testing.assert_array_equal(q.numpy(), expected)
     assert (q[3] == 0).all()
     assert ((q.double() * scale[:, None] - w).abs() <= scale[:, None] * 0.5001).all()
@@ -301,14 +313,14 @@ ERRORS = {
     "backend": ((X, W, S), {"backend": "cuda"}, "backend='cuda', expected one of auto, native, reference"),
     "static without": ((X, W, S), {"mode": "static"}, "needs input_scale and input_zero_point; calibrate"),
     "dynamic with": ((X, W, S), {"input_scale": S[:1]}, "belong to mode='static'"),
-    "zero point dtype": ((X, W, S), {"mode": "static", "input_scale": S[:1], "input_zero_point": S[:1]}, "expected one int32"),
+    "zero point dtype": ((X, W, S), {"mode": "static", "input_scale": S[:1], "input_zero_point": S[:1]}, "one int32"),
     "zero point range": (
         (X, W, S), {"mode": "static", "input_scale": S[:1], "input_zero_point": I32 + 300}, "303, expected 0 to 255",
     ),
     "input scale": (
-        (X, W, S), {"mode": "static", "input_scale": torch.tensor(-1.0), "input_zero_point": I32}, "a positive normal number",
+        (X, W, S), {"mode": "static", "input_scale": -S[:1], "input_zero_point": I32}, "positive normal",
     ),
-    "input scale size": ((X, W, S), {"mode": "static", "input_scale": S, "input_zero_point": I32}, "expected one float32"),
+    "input scale size": ((X, W, S), {"mode": "static", "input_scale": S, "input_zero_point": I32}, "one float32"),
 }  # fmt: skip
 
 
@@ -340,6 +352,4 @@ def test_unknown_isa(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_named_backend_never_falls_back() -> None:
     meta = [t.to("meta") for t in (X, W, S)]
     with pytest.raises(ValueError, match="backend='native' cannot run this: x is on meta"):
-        from pycompress.ops.int8_matmul import pick
-
         pick("native", Call(*meta, None, "dynamic", None, None, "none"))

@@ -28,8 +28,6 @@ struct Vec {
   static F max(F a, F b) { return _mm256_max_ps(a, b); }
   static F abs(F a) { return _mm256_and_ps(a, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff))); }
   static F round(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-  // a where x is negative or -0, else b
-  static F if_negative(F x, F a, F b) { return _mm256_blendv_ps(b, a, x); }
 
   static I izero() { return _mm256_setzero_si256(); }
   static I iset1(int32_t v) { return _mm256_set1_epi32(v); }
@@ -38,7 +36,11 @@ struct Vec {
   static I iadd(I a, I b) { return _mm256_add_epi32(a, b); }
   static I to_int(F a) { return _mm256_cvtps_epi32(a); }  // round to nearest even
   static F to_float(I a) { return _mm256_cvtepi32_ps(a); }
-  static F pow2(I n) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23)); }
+  // a * 2^n for a whole n in [-126, 127]
+  static F times_pow2(F a, F n) {
+    const I exponent = _mm256_slli_epi32(_mm256_add_epi32(to_int(n), _mm256_set1_epi32(127)), 23);
+    return _mm256_mul_ps(a, _mm256_castsi256_ps(exponent));
+  }
 
   // 32 bytes of raw elements: the magnitude bits, and their running maximum. The order of the bits of |x| is the
   // order of |x|, with infinity and then NaN above every finite value.
@@ -51,6 +53,11 @@ struct Vec {
     }
   }
 
+  static int32_t reduce_add(I v) {
+    const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    const __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
+  }
   static uint32_t reduce_max_u32(I v) {
     alignas(32) uint32_t lane[8];
     istore(lane, v);

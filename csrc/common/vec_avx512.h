@@ -28,8 +28,6 @@ struct Vec {
   static F max(F a, F b) { return _mm512_max_ps(a, b); }
   static F abs(F a) { return _mm512_abs_ps(a); }
   static F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-  // a where x is negative or -0, else b
-  static F if_negative(F x, F a, F b) { return _mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(x)), b, a); }
 
   static I izero() { return _mm512_setzero_si512(); }
   static I iset1(int32_t v) { return _mm512_set1_epi32(v); }
@@ -38,7 +36,7 @@ struct Vec {
   static I iadd(I a, I b) { return _mm512_add_epi32(a, b); }
   static I to_int(F a) { return _mm512_cvtps_epi32(a); }  // round to nearest even
   static F to_float(I a) { return _mm512_cvtepi32_ps(a); }
-  static F pow2(I n) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n, _mm512_set1_epi32(127)), 23)); }
+  static F times_pow2(F a, F n) { return _mm512_scalef_ps(a, n); }  // a * 2^n for a whole n
 
   // 64 bytes of raw elements: the magnitude bits, and their running maximum. The order of the bits of |x| is the
   // order of |x|, with infinity and then NaN above every finite value.
@@ -51,6 +49,7 @@ struct Vec {
     }
   }
 
+  static int32_t reduce_add(I v) { return _mm512_reduce_add_epi32(v); }
   static uint32_t reduce_max_u32(I v) { return _mm512_reduce_max_epu32(v); }
   static uint16_t reduce_max_u16(I v) {
     const I odd = _mm512_srli_epi32(v, 16), even = _mm512_and_si512(v, _mm512_set1_epi32(0xffff));

@@ -20,7 +20,7 @@ inline Vec::F vexp(Vec::F x) {
   p = Vec::fma(p, r, Vec::set1(1.6666665459e-1f));
   p = Vec::fma(p, r, Vec::set1(5.0000001201e-1f));
   p = Vec::fma(Vec::mul(r, r), p, Vec::add(r, Vec::set1(1.0f)));
-  return Vec::mul(p, Vec::pow2(Vec::to_int(n)));
+  return Vec::times_pow2(p, n);
 }
 
 // x / (1 + exp(-z)) = x * sigmoid(z)
@@ -36,23 +36,24 @@ inline Vec::F vgelu_tanh(Vec::F x) {
   return times_sigmoid(x, Vec::mul(Vec::mul(x, cubic), Vec::set1(1.5957691216f)));
 }
 
-// x * Phi(x), with Phi(-|x|) = 0.5 erfc(z), z = |x| / sqrt 2, and erfc(z) exp(z^2) = t P(t), t = 1 / (1 + 0.44 z):
-// minimax P of degree 7 over 0 <= z <= 10.5, relative error of erfc 1.9e-7. Because the small tail itself is
-// approximated, negative x keep their relative accuracy, which 1 + erf(z) loses to cancellation.
+// x * Phi(x) = x / 2 + |x| h(|x|), with h(a) = Phi(a) - 1/2 = a P(a^2), P a minimax polynomial in t = 2 a^2 / 5.2^2 - 1
+// over 0 <= a <= 5.2, and h = 1/2 exactly beyond. The error is below 1.2e-7 |x| (torch's float32 GELU: 3.5e-7 |x|), at a
+// third of the cost of the formula with exp and a division.
 inline Vec::F vgelu(Vec::F x) {
-  const Vec::F z = Vec::mul(Vec::abs(x), Vec::set1(0.70710678119f));
-  const Vec::F t = Vec::div(Vec::set1(1.0f), Vec::fma(z, Vec::set1(0.44f), Vec::set1(1.0f)));
-  Vec::F p = Vec::set1(0.07133456319570541f);
-  p = Vec::fma(p, t, Vec::set1(-0.2784329354763031f));
-  p = Vec::fma(p, t, Vec::set1(0.29756611585617065f));
-  p = Vec::fma(p, t, Vec::set1(-0.021034270524978638f));
-  p = Vec::fma(p, t, Vec::set1(0.21629047393798828f));
-  p = Vec::fma(p, t, Vec::set1(0.217159703373909f));
-  p = Vec::fma(p, t, Vec::set1(0.24889737367630005f));
-  p = Vec::fma(p, t, Vec::set1(0.24821914732456207f));
-  const Vec::F gauss = vexp(Vec::mul(Vec::mul(x, x), Vec::set1(-0.5f)));
-  const Vec::F tail = Vec::mul(Vec::mul(Vec::set1(0.5f), Vec::mul(p, t)), gauss);  // Phi(-|x|)
-  return Vec::mul(x, Vec::if_negative(x, tail, Vec::sub(Vec::set1(1.0f), tail)));
+  constexpr float kEnd = 5.2f;
+  constexpr float kCoefficients[] = {// highest power first
+                                     2.023888228e-04f, -5.622901372e-04f, 6.007630727e-04f, -9.785164148e-04f,
+                                     2.662438201e-03f, -5.067367107e-03f, 8.010092191e-03f, -1.235335972e-02f,
+                                     1.813392155e-02f, -2.476345003e-02f, 3.196232393e-02f, -3.992539644e-02f,
+                                     5.002611130e-02f, -6.774380803e-02f, 1.359499842e-01f};
+  const Vec::F a = Vec::abs(x);
+  const Vec::F square = Vec::min(Vec::set1(kEnd * kEnd), Vec::mul(x, x));
+  const Vec::F t = Vec::fma(square, Vec::set1(2.0f / (kEnd * kEnd)), Vec::set1(-1.0f));
+  Vec::F p = Vec::set1(kCoefficients[0]);
+#pragma GCC unroll 16
+  for (int i = 1; i < 15; ++i) p = Vec::fma(p, t, Vec::set1(kCoefficients[i]));
+  const Vec::F h = Vec::min(Vec::set1(0.5f), Vec::mul(a, p));
+  return Vec::fma(a, h, Vec::mul(Vec::set1(0.5f), x));
 }
 
 // NaN stays NaN: max returns its second operand then.

@@ -48,6 +48,8 @@ void check_args(const Args& a, const PackedWeight& w) {
   }
 }
 
+constexpr int64_t kMaxLanes = 16;  // the widest register, in floats
+
 struct Grid {
   int rows, panels;  // threads along M and along N
 };
@@ -78,12 +80,12 @@ Grid choose_grid(const Args& a, const Layout& layout) {
   return best;
 }
 
-// scale and bias as f32, padded with zeros to whole registers, so that the kernels load them without masks
-void widen_columns(const Args& a, int64_t padded, float* scale, float* bias) {
-  std::copy(a.weight_scale, a.weight_scale + a.n, scale);
-  std::fill(scale + a.n, scale + padded, 0.0f);
-  for (int64_t n = 0; n < a.n; ++n) bias[n] = a.bias == nullptr ? 0.0f : load_float(a.bias, n, a.bias_dtype);
-  std::fill(bias + a.n, bias + padded, 0.0f);
+// `values` where the kernels can load it as it is (f32, whole registers), else a widened copy padded with zeros.
+const float* whole_registers(const void* values, Dtype dtype, int64_t n, int64_t padded, float* copy) {
+  if (values != nullptr && dtype == Dtype::f32 && n == padded) return static_cast<const float*>(values);
+  for (int64_t i = 0; i < n && values != nullptr; ++i) copy[i] = load_float(values, i, dtype);
+  std::fill(copy + (values == nullptr ? 0 : n), copy + padded, 0.0f);
+  return copy;
 }
 
 int64_t align(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
@@ -114,12 +116,11 @@ void run(const Args& a) {
   const int threads = grid.rows * grid.panels;
 
   // One reservation by the calling thread, so that nothing inside the team can fail.
-  const int64_t padded = padded_n(*weight.layout, a.n) + kAlignment;
+  const int64_t padded = (a.n + kMaxLanes - 1) / kMaxLanes * kMaxLanes;
   const int64_t columns = align(padded * 4), share = align(kernel.scratch_bytes(a.mode, a.k));
   char* scratch = thread_scratch().reserve(size_t(2 * columns + threads * share));
-  auto* scale = reinterpret_cast<float*>(scratch);
-  auto* bias = reinterpret_cast<float*>(scratch + columns);
-  widen_columns(a, padded, scale, bias);
+  const float* scale = whole_registers(a.weight_scale, Dtype::f32, a.n, padded, reinterpret_cast<float*>(scratch));
+  const float* bias = whole_registers(a.bias, a.bias_dtype, a.n, padded, reinterpret_cast<float*>(scratch + columns));
 
   const bool is_static = a.mode == Mode::static_;
   const float input_scale = is_static ? *a.input_scale : 0.0f;

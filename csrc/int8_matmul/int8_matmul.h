@@ -43,11 +43,11 @@ struct Layout {
   int nr, ku, lanes, offset;
 };
 
-constexpr Layout kRowMajor{0, 1, 1, 1, 0};    // scalar: the plain [N,K]
-constexpr Layout kPairs8{1, 16, 2, 8, 0};     // avx2: 8 outputs x 2 k of s8 widen to one register of s16
-constexpr Layout kQuads8{2, 16, 4, 8, 128};   // avxvnni
-constexpr Layout kPairs16{3, 64, 2, 16, 0};   // avx512
-constexpr Layout kQuads16{4, 64, 4, 16, 128}; // avx512vnni
+constexpr Layout kRowMajor{0, 1, 1, 1, 0};     // scalar: the plain [N,K]
+constexpr Layout kPairs8{1, 16, 2, 8, 0};      // avx2: 8 outputs x 2 k of s8 widen to one register of s16
+constexpr Layout kQuads8{2, 16, 4, 8, 128};    // avxvnni
+constexpr Layout kPairs16{3, 64, 2, 16, 0};    // avx512
+constexpr Layout kQuads16{4, 64, 4, 16, 128};  // avx512vnni
 constexpr Layout kLayouts[] = {kRowMajor, kPairs8, kQuads8, kPairs16, kQuads16};
 
 // Start of every packed weight, followed by int32 column_sum[n_padded] and the panels, each 64-byte aligned.
@@ -103,12 +103,12 @@ struct Args {
 struct Block {
   const Args* args;
   PackedWeight weight;
-  const float* bias;  // [n_padded] in f32; zeros where there is none
-  const float* scale;  // [n_padded] weight_scale, zero-padded
+  const float* bias;   // [N, padded to whole registers] in f32; zeros where there is none
+  const float* scale;  // [N, padded likewise] weight_scale
   float input_scale;   // static
   int32_t zero_point;  // static: less 128, so that it goes with s8 activations; else 0
   Range rows, panels;
-  char* scratch;      // scratch_bytes(mode, k) of it, this thread's own
+  char* scratch;  // scratch_bytes(mode, k) of it, this thread's own
 };
 
 struct Kernel {

@@ -29,12 +29,8 @@ struct Avx512Vnni {
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     _mm512_storeu_si512(q, _mm512_permutexvar_epi32(order, bytes));
   }
-  static int32_t sum(const int8_t* q, int64_t count) {  // count is a multiple of 64
-    __m512i total = _mm512_setzero_si512();
-    for (int64_t k = 0; k < count; k += 64) {
-      total = _mm512_dpbusd_epi32(total, _mm512_set1_epi8(1), _mm512_loadu_si512(q + k));
-    }
-    return _mm512_reduce_add_epi32(total);
+  static __m512i add_steps(__m512i sum, const int8_t* q) {
+    return _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), _mm512_loadu_si512(q));
   }
 };
 

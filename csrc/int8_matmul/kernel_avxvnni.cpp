@@ -29,15 +29,9 @@ struct AvxVnni {
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(q), _mm256_permutevar8x32_epi32(bytes, order));
   }
-  static int32_t sum(const int8_t* q, int64_t count) {  // count is a multiple of 64
-    __m256i total = _mm256_setzero_si256();
-    for (int64_t k = 0; k < count; k += 32) {
-      total = _mm256_dpbusd_avx_epi32(total, _mm256_set1_epi8(1),
-                                      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q + k)));
-    }
-    const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(total), _mm256_extracti128_si256(total, 1));
-    const __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
-    return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
+  static __m256i add_steps(__m256i sum, const int8_t* q) {
+    const __m256i steps = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q));
+    return _mm256_dpbusd_avx_epi32(sum, _mm256_set1_epi8(1), steps);
   }
 };
 

@@ -43,8 +43,8 @@ int64_t padded_n(const Layout& layout, int64_t n) { return round_up(n, layout.la
 int64_t panel_count(const Layout& layout, int64_t n) { return (n + layout.nr - 1) / layout.nr; }
 
 int64_t packed_bytes(const Layout& layout, int64_t n, int64_t k) {
-  check(n >= 0 && k >= 0 && k <= kMaxK && n <= (int64_t(1) << 40) / (k + 8),
-        "int8_matmul: weight [N=", n, ", K=", k, "] is out of range; K may be at most ", kMaxK);
+  check(n >= 0 && k >= 0 && k <= kMaxK && n <= (int64_t(1) << 40) / (k + 8), "int8_matmul: weight [N=", n, ", K=", k,
+        "] is out of range; K may be at most ", kMaxK);
   return int64_t(sizeof(PackedHeader)) + sums_bytes(layout, n) + padded_n(layout, n) * round_up(k, layout.ku);
 }
 
@@ -100,7 +100,8 @@ PackedWeight open_packed(const void* data, int64_t bytes) {
         sizeof(PackedHeader), "-byte header", remedy);
   PackedHeader header;
   std::memcpy(&header, data, sizeof header);
-  check(header.magic == kPackedMagic, "int8_matmul: this is not a packed int8 weight (magic ", header.magic, ")", remedy);
+  check(header.magic == kPackedMagic, "int8_matmul: this is not a packed int8 weight (magic ", header.magic, ")",
+        remedy);
   check(header.version == kPackedVersion, "int8_matmul: packed weight has version ", header.version, ", expected ",
         kPackedVersion, remedy);
   check(header.checksum == header_checksum(header), "int8_matmul: the header of the packed weight is corrupt", remedy);

@@ -13,7 +13,9 @@ namespace {
 template <int ACCUMULATORS, class Register, class Mac>
 double burn(int64_t rounds, int lanes, Register start, Mac mac) {
   Register sum[ACCUMULATORS];
-  for (auto& s : sum) s = start;
+  // Unrolled, or else GCC keeps the array in memory and the loop measures stores.
+#pragma GCC unroll 16
+  for (int j = 0; j < ACCUMULATORS; ++j) sum[j] = start;
   for (int64_t i = 0; i < rounds; ++i) {
 #pragma GCC unroll 16
     for (int j = 0; j < ACCUMULATORS; ++j) {

@@ -13,9 +13,7 @@
 namespace pycompress::peaks {
 namespace {
 
-double now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 // Makes the compiler believe that the value is used.
 template <class T>
@@ -124,7 +122,8 @@ const Loops kScalarLoops{Isa::scalar, burn_scalar<int32_t>, burn_scalar<float>, 
 Rates measure(int threads, double seconds, int64_t buffer_bytes) {
   check(threads >= 1, "peaks: threads=", threads, ", expected at least 1");
   check(seconds > 0 && seconds <= 60, "peaks: seconds=", seconds, ", expected more than 0 and at most 60");
-  check(buffer_bytes == 0 || buffer_bytes >= threads * int64_t(4096), "peaks: buffer_bytes=", buffer_bytes, " is too small");
+  check(buffer_bytes == 0 || buffer_bytes >= threads * int64_t(4096), "peaks: buffer_bytes=", buffer_bytes,
+        " is too small");
   const Loops& loops = best_loops();
   const Burn bf16 = bf16_loop(loops);
   Rates rates{loops.isa, burn_rate(loops.int8, threads, seconds), burn_rate(loops.fp32, threads, seconds), 0, 0};

@@ -15,7 +15,7 @@ using Burn = double (*)(int64_t rounds);
 
 struct Loops {
   Isa isa;
-  Burn int8, fp32, bf16;  // bf16 is null where the instruction set has no bf16 dot product
+  Burn int8, fp32, bf16;                            // bf16 is null where the instruction set has no bf16 dot product
   double (*read)(const void* data, int64_t bytes);  // returns a value that depends on every byte
 };
 

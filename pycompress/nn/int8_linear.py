@@ -49,6 +49,7 @@ class Int8Linear(nn.Module):
     weight, to be filled by ``load_state_dict``; :meth:`from_float` makes one from a trained layer.
     """
 
+    bias: nn.Parameter | None
     weight_scale: Tensor
     input_scale: Tensor | None
     input_zero_point: Tensor | None
@@ -112,9 +113,7 @@ class Int8Linear(nn.Module):
         bias = linear.bias if isinstance(linear.bias, Tensor) else None
 
         n, k = quantized.shape
-        module = cls(
-            k, n, bias is not None, mode=mode, activation=activation or "none", backend=backend, device="meta"
-        )
+        module = cls(k, n, bias is not None, mode=mode, activation=activation or "none", backend=backend, device="meta")
         module._weight, module.weight_scale = quantized, scale
         if bias is not None:
             module.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
@@ -131,7 +130,7 @@ class Int8Linear(nn.Module):
             self.in_features, self.out_features, self.bias is not None, device=self.weight_scale.device, dtype=dtype
         )
         with torch.no_grad():
-            linear.weight.copy_(self.weight.float() * self.weight_scale[:, None])
+            linear.weight.copy_(self._plain_weight().float() * self.weight_scale[:, None])
             if self.bias is not None:
                 linear.bias.copy_(self.bias)
         linear.train(self.training)
@@ -144,7 +143,7 @@ class Int8Linear(nn.Module):
             y = self._run_eager(x)
             if y is not None:
                 return y
-        return torch.ops.pycompress.int8_linear.default(  # type: ignore[no-any-return]
+        return torch.ops.pycompress.int8_linear.default(
             x,
             self._weight,
             self.weight_scale,
@@ -174,12 +173,14 @@ class Int8Linear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """int8 (N, K), unpacked anew at each access."""
+        return self._plain_weight()
+
+    def _plain_weight(self) -> Tensor:
         return ops.unpack_weight(self._weight) if self._weight.dtype == torch.uint8 else self._weight
 
     def memory_bytes(self) -> int:
         """Bytes of memory the module holds: weight as kept, scales, bias."""
-        held = (self._weight, self.weight_scale, self.bias, self.input_scale, self.input_zero_point)
-        return sum(t.numel() * t.element_size() for t in held if t is not None)
+        return sum(t.nbytes for t in (*self._buffers.values(), *self._parameters.values()) if t is not None)
 
     def _arrange(self) -> None:
         """Bring the weight into the form that its device wants: packed on the CPU, plain elsewhere."""
@@ -239,9 +240,7 @@ class Int8Linear(nn.Module):
         elif assign or not self._weight.is_meta:
             self._weight = weight.detach().to(weight.device if assign else self._weight.device, copy=True)
             self._arrange()
-        super()._load_from_state_dict(
-            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def _state_errors(self, rest: Mapping[str, Any], weight: object, prefix: str) -> list[str]:
         shape = (self.out_features, self.in_features)

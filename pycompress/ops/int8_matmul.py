@@ -22,10 +22,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pycompress import _native  # noqa: F401  (loads torch's OpenMP before the compiled module)
-from pycompress import _C
+from pycompress import (
+    _C,
+    _native,  # noqa: F401  (loads torch's OpenMP before the compiled module)
+)
 from pycompress.ops.int8_matmul_reference import Call, apply_activation, reference_int8_linear
-from pycompress.ops.int8_matmul_weight import aligned, pack_weight, plain
+from pycompress.ops.int8_matmul_weight import aligned, pack_weight, unpack_weight
 
 MODES = ("dynamic", "static", "weight_only")
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
@@ -125,7 +127,11 @@ def pick(backend: str, call: Call) -> Backend:
 
 def check_options(mode: str, activation: str, backend: str = "auto") -> None:
     """Raises ``ValueError`` for a name that is not in MODES, ACTIVATIONS or BACKENDS."""
-    for what, value, allowed in (("mode", mode, MODES), ("activation", activation, ACTIVATIONS), ("backend", backend, BACKENDS)):
+    for what, value, allowed in (
+        ("mode", mode, MODES),
+        ("activation", activation, ACTIVATIONS),
+        ("backend", backend, BACKENDS),
+    ):
         if value not in allowed:
             raise ValueError(f"int8_linear: {what}={value!r}, expected one of {', '.join(allowed)}")
 
@@ -146,9 +152,7 @@ def check(call: Call) -> None:
         if weight.shape[1] != x.shape[-1]:
             raise ValueError(f"int8_linear: x has K={x.shape[-1]} but weight has K={weight.shape[1]}")
         if weight.shape[0] != scale.shape[0]:
-            raise ValueError(
-                f"int8_linear: weight has N={weight.shape[0]} but weight_scale has N={scale.shape[0]}"
-            )
+            raise ValueError(f"int8_linear: weight has N={weight.shape[0]} but weight_scale has N={scale.shape[0]}")
     elif weight.dtype != torch.uint8 or weight.dim() != 1:
         raise ValueError(
             f"int8_linear: weight has {weight.dtype} {tuple(weight.shape)}, expected int8 (N, K) or the result of "
@@ -232,7 +236,7 @@ def _autocast(x: Tensor, *args: object, **kwargs: object) -> Tensor:
     device = x.device.type
     key = torch._C.DispatchKey.AutocastCPU if device == "cpu" else torch._C.DispatchKey.AutocastCUDA
     with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-        return torch.ops.pycompress.int8_linear.default(  # type: ignore[no-any-return]
+        return torch.ops.pycompress.int8_linear.default(
             x.to(torch.get_autocast_dtype(device)) if x.is_floating_point() else x, *args, **kwargs
         )
 
@@ -256,12 +260,29 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[T
             grad = torch.autograd.grad(apply_activation(z, activation), z, grad)[0]
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
-        grad_x = grad @ (plain(weight).to(torch.float32) * weight_scale[:, None]).to(grad.dtype)
+        if weight.dtype == torch.uint8:
+            weight = torch.ops.pycompress.int8_unpack.default(weight, weight_scale.shape[0], x.shape[-1])
+        grad_x = grad @ (weight.to(torch.float32) * weight_scale[:, None]).to(grad.dtype)
     if bias is not None and ctx.needs_input_grad[3]:  # type: ignore[attr-defined]
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32).to(bias.dtype)
     return grad_x, None, None, grad_bias, None, None, None, None, None
 
 
+# An operator, so that a compiled backward can hold it: only its fake kernel is run while tracing.
+_LIB.define("int8_unpack(Tensor packed, SymInt n, SymInt k) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def _unpack(packed: Tensor, n: int, k: int) -> Tensor:
+    weight = unpack_weight(packed)
+    if tuple(weight.shape) != (n, k):
+        raise ValueError(f"int8_unpack: the packed weight is {tuple(weight.shape)}, expected {(n, k)}")
+    return weight
+
+
+_LIB.impl("int8_unpack", _unpack, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "pycompress::int8_unpack", lambda packed, n, k: packed.new_empty((n, k), dtype=torch.int8), lib=_LIB
+)
 _LIB.impl("int8_linear", _run, "CompositeExplicitAutograd")
 _LIB.impl("int8_linear", _autocast, "AutocastCPU")
 _LIB.impl("int8_linear", _autocast, "AutocastCUDA")
@@ -303,6 +324,6 @@ def int8_linear(
         ValueError: shapes, dtypes or devices that do not fit, an unknown mode, activation or backend, a damaged
             packed weight.
     """
-    return torch.ops.pycompress.int8_linear.default(  # type: ignore[no-any-return]
+    return torch.ops.pycompress.int8_linear.default(
         x, weight, weight_scale, bias, mode, input_scale, input_zero_point, activation, backend
     )

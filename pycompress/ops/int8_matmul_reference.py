@@ -23,8 +23,10 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return q, torch.where(finite, scale, torch.nan)
 
 
-def _static_rows(x: Tensor, input_scale: Tensor, input_zero_point: Tensor) -> tuple[Tensor, Tensor]:
+def _static_rows(x: Tensor, input_scale: Tensor | None, input_zero_point: Tensor | None) -> tuple[Tensor, Tensor]:
     """Static quantisation less the zero point, int16 ``(M, K)``, and scales ``(M, 1)``."""
+    assert input_scale is not None, "checked before"
+    assert input_zero_point is not None, "checked before"
     x = x.float()
     zero_point = input_zero_point.to(torch.float32)
     finite = x.isfinite().all(dim=1, keepdim=True)
@@ -68,7 +70,6 @@ def reference_int8_linear(call: Call) -> Tensor:
         if call.mode == "dynamic":
             q, x_scale = quantize_rows(rows)
         else:
-            assert call.input_scale is not None and call.input_zero_point is not None
             q, x_scale = _static_rows(rows, call.input_scale, call.input_zero_point)
         y = _exact_product(q, weight).to(torch.float32) * call.weight_scale * x_scale
     if call.bias is not None:
@@ -80,5 +81,3 @@ def reference_int8_linear(call: Call) -> Tensor:
 def _exact_product(q: Tensor, weight: Tensor) -> Tensor:
     # |sum| <= 255 * 128 * K: float64 holds it exactly for every K up to 2^38, and is far faster than int64.
     return q.to(torch.float64) @ weight.to(torch.float64).t()
-
-

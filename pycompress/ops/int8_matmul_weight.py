@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pycompress import _native  # noqa: F401  (loads torch's OpenMP before the compiled module)
-from pycompress import _C
+from pycompress import (
+    _C,
+    _native,  # noqa: F401  (loads torch's OpenMP before the compiled module)
+)
 
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # keeps 1 / scale finite; see csrc/int8_matmul/int8_matmul.h
 ALIGNMENT = 64
@@ -104,5 +106,3 @@ def aligned(packed: Tensor) -> Tensor:
 def plain(weight: Tensor) -> Tensor:
     """int8 (N, K), whether given so or packed."""
     return unpack_weight(weight) if weight.dtype == torch.uint8 else weight
-
-
