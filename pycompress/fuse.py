@@ -1,0 +1,301 @@
+"""Which activations can move into the epilogue of the linear before them, and what has to change for it.
+
+Folding act(linear(x)) changes what `linear` returns, so it is done only where nothing can tell: on every path
+through the forward around them (see tracing.py) each value of the linear is read once, by that activation,
+and the activation reads nothing else. The activation's place is then taken by an identity.
+nn.TransformerEncoderLayer and nn.TransformerDecoderLayer, whose activation is often a plain function, are
+known by their source.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from pycompress.selection import HOOKS, Layer, ModuleMap, relative_name
+from pycompress.tracing import Shadow, Traces
+
+# Classes of transformers.activations, by name because transformers may be absent. The four tanh forms are one
+# function, written differently. QuickGELU is another function (x * sigmoid(1.702 x)) and stays out.
+_TRANSFORMERS_ACTIVATIONS = {
+    "GELUActivation": "gelu",
+    "NewGELUActivation": "gelu_tanh",
+    "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+    "FastGELUActivation": "gelu_tanh",
+    "AccurateGELUActivation": "gelu_tanh",
+    "SiLUActivation": "silu",
+}
+_FUNCTIONS: dict[Any, str] = {
+    F.relu: "relu",
+    torch.relu: "relu",
+    torch.relu_: "relu",
+    F.gelu: "gelu",
+    F.silu: "silu",
+}
+_METHODS = {"relu": "relu", "relu_": "relu"}
+
+
+class Edit(NamedTuple):
+    """`target[key] = value`: one step of a conversion, on a module's _modules or __dict__."""
+
+    target: dict[str, Any]
+    key: str
+    value: Any
+
+
+@dataclass(frozen=True)
+class Fusion:
+    activation: str  # as Int8Linear names it
+    edit: Edit  # puts the identity in the activation's place
+
+
+@dataclass
+class FusionPlan:
+    fusions: dict[nn.Module, Fusion] = field(default_factory=dict)  # by linear
+    notes: dict[nn.Module, str] = field(default_factory=dict)  # by linear: why what follows it was not folded
+
+
+def identity(x: Tensor) -> Tensor:
+    """Stands for a folded activation function; at module level, so that the layer still pickles."""
+    return x
+
+
+def activation_name(activation: object) -> str | None:
+    """The kernel's name of an activation module or function that is numerically the same, else None."""
+    if isinstance(activation, functools.partial):
+        tanh = activation.func is F.gelu and not activation.args and activation.keywords == {"approximate": "tanh"}
+        return "gelu_tanh" if tanh else None
+    if not isinstance(activation, nn.Module):
+        # F.gelu is a builtin, F.relu a python function: both hash; a user's callable object may not.
+        functions = (types.FunctionType, types.BuiltinFunctionType)
+        return _FUNCTIONS.get(activation) if isinstance(activation, functions) else None
+    kind = type(activation)
+    if kind is nn.ReLU:
+        return "relu"
+    if kind is nn.SiLU:
+        return "silu"
+    if kind is nn.GELU:
+        return "gelu_tanh" if activation.approximate == "tanh" else "gelu"
+    if kind.__module__ == "transformers.activations":
+        return _TRANSFORMERS_ACTIVATIONS.get(kind.__name__)
+    return None
+
+
+def plan_fusions(modules: ModuleMap, layers: Iterable[Layer], shadow: Shadow) -> FusionPlan:
+    """For each layer to be swapped the activation to fold into it, or a note why not. Changes nothing."""
+    plan = FusionPlan()
+    groups: dict[nn.Module, list[Layer]] = {}
+    for layer in layers:
+        owner = modules.owner(layer.module)
+        if owner is not None:
+            groups.setdefault(owner, []).append(layer)
+    activations: dict[nn.Module, list[nn.Module]] = {}
+    for module in modules.names:
+        if activation_name(module) and (owner := modules.owner(module)) is not None:
+            activations.setdefault(owner, []).append(module)
+    for owner, group in groups.items():
+        if _is_transformer_layer(owner):
+            _plan_transformer_layer(modules, owner, group, plan)
+        elif owner in activations:
+            _plan_owner(modules, owner, group, activations[owner], shadow, plan)
+        else:
+            _note_functions(modules, owner, group, shadow, plan)
+    return plan
+
+
+def _plan_owner(
+    modules: ModuleMap,
+    owner: nn.Module,
+    group: list[Layer],
+    activations: list[nn.Module],
+    shadow: Shadow,
+    plan: FusionPlan,
+) -> None:
+    """Plan the activations of one forward: the children of `owner` that `activations` and `group` name."""
+    traces = shadow.explore(modules.names[owner][0])
+    linears = {relative_name(modules, owner, layer.module): layer for layer in group}
+    if not traces.graphs:
+        why_not = f"activations not folded in: {type(owner).__name__} cannot be traced: {traces.failure}"
+        plan.notes.update((layer.module, why_not) for layer in group)
+        return
+    for module in activations:
+        activation = relative_name(modules, owner, module)
+        before = {_source(node) for node in traces.calls(activation)}
+        feeding = [name for name in linears if name in before]
+        if not feeding:
+            continue
+        pair = (module, *(linears[name].module for name in feeding))
+        why_not = _why_not(traces, feeding, activation) or _why_not_module(modules, module)
+        why_not = why_not or next((r for n in feeding if (r := _other_method(owner, n, activation))), "")
+        why_not = why_not or _called_from_above(modules, owner, pair, shadow)
+        parent, key = modules.slots[module][0]
+        edit = Edit(parent._modules, key, nn.Identity().train(module.training))
+        for name in feeding:
+            if why_not:
+                plan.notes[linears[name].module] = f"{activation} not folded in: {why_not}"
+            else:
+                plan.fusions[linears[name].module] = Fusion(activation_name(module) or "none", edit)
+    for name, layer in linears.items():
+        if layer.module not in plan.fusions and layer.module not in plan.notes:
+            _note_function(traces.calls(name), layer, plan)
+
+
+def _source(node: fx.Node) -> str:
+    """The name of the child whose output the node reads first; empty if it is not a child's."""
+    first = node.args[0] if node.args else None
+    return str(first.target) if isinstance(first, fx.Node) and first.op == "call_module" else ""
+
+
+def _why_not(traces: Traces, linears: list[str], activation: str) -> str:
+    """Why they must stay apart, judged from every call of each on every path; empty if they need not.
+
+    linears: all the layers that feed the activation; several may share one, as in relu(fc2(relu(fc1(x)))).
+    """
+    if traces.failure:
+        return f"{type(traces.root).__name__}.forward cannot be traced: {traces.failure}"
+    if any(traces.passes_on(name) for name in (*linears, activation)):
+        return "one of them is passed on as a value"
+    linear_calls = {node for name in linears for node in traces.calls(name)}
+    activation_calls = set(traces.calls(activation))
+    for node in linear_calls:
+        others = [user for user in node.users if user not in activation_calls]
+        if others:
+            return f"the value between is also read by {_describe(others[0])}"
+        if len(node.users) != 1:
+            return f"the value between is read {len(node.users)} times"
+    for node in activation_calls:
+        if node.kwargs or len(node.args) != 1 or node.args[0] not in linear_calls:
+            return "the activation is also called on another value"
+    return ""
+
+
+def _describe(node: fx.Node) -> str:
+    if node.op == "output":
+        return "the caller (it is returned)"
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def _why_not_module(modules: ModuleMap, activation: nn.Module) -> str:
+    if "forward" in activation.__dict__:
+        return "its forward was replaced on the instance"
+    if any(getattr(activation, kind, None) for kind in HOOKS):
+        return "it has hooks"
+    if activation in modules.aliases:
+        return f"it is also held in the plain attribute {modules.aliases[activation]}"
+    return ""
+
+
+def _other_method(owner: nn.Module, linear: str, activation: str) -> str:
+    """A method beside forward that uses one of the two alone, as `encode` of an auto-encoder may."""
+    linear_key, activation_key = linear.partition(".")[0], activation.partition(".")[0]
+    for kind in type(owner).__mro__:
+        if kind is nn.Module:
+            break
+        for name, function in vars(kind).items():
+            function = getattr(function, "__wrapped__", getattr(function, "__func__", function))
+            # Initialisers name the layer to fill it; they do not call it.
+            if not isinstance(function, types.FunctionType) or "init" in name or "reset" in name:
+                continue
+            used = _names_in(function.__code__)
+            if (linear_key in used) != (activation_key in used):
+                return f"{kind.__name__}.{name} uses one of them without the other"
+    return ""
+
+
+def _names_in(code: types.CodeType) -> set[str]:
+    inner = [_names_in(const) for const in code.co_consts if isinstance(const, types.CodeType)]
+    return set(code.co_names).union(*inner)
+
+
+def _called_from_above(modules: ModuleMap, owner: nn.Module, pair: tuple[nn.Module, ...], shadow: Shadow) -> str:
+    """A module above that calls one of the pair itself, as feature extractors loop over an nn.Sequential."""
+    for above in modules.ancestors(owner):
+        name = modules.names[above][0]
+        for module in pair:
+            reach = {n[len(name) + 1 :] if name else n for n in modules.names[module]}
+            glance = shadow.glance(name)
+            if any(glance.calls(path) or glance.passes_on(path) for path in reach):
+                return f"{type(above).__name__}.forward uses one of them by itself"
+    return ""
+
+
+def _note_functions(modules: ModuleMap, owner: nn.Module, group: list[Layer], shadow: Shadow, plan: FusionPlan) -> None:
+    glance = shadow.glance(modules.names[owner][0])
+    for layer in group:
+        _note_function(glance.calls(relative_name(modules, owner, layer.module)), layer, plan)
+
+
+def _note_function(calls: list[fx.Node], layer: Layer, plan: FusionPlan) -> None:
+    """An activation that forward calls as a function cannot be taken out; say what would help."""
+    for user in (user for node in calls for user in node.users):
+        name = None
+        if user.op == "call_function":
+            name = activation_name(user.target)
+        elif user.op == "call_method":
+            name = _METHODS.get(str(user.target))
+        if name is not None:
+            function = _describe(user)
+            plan.notes[layer.module] = f"{function} not folded in: forward calls a function, not a module"
+            return
+
+
+# --- nn.TransformerEncoderLayer and nn.TransformerDecoderLayer ---
+
+
+def _is_transformer_layer(owner: nn.Module) -> bool:
+    """Whether forward and the feed-forward block are torch's own: linear1 and activation meet only there."""
+    for kind in (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer):
+        if isinstance(owner, kind):
+            mine = type(owner)
+            return mine.forward is kind.forward and mine._ff_block is kind._ff_block and not _patched(owner)
+    return False
+
+
+def _patched(owner: nn.Module) -> bool:
+    return "_ff_block" in owner.__dict__ or "forward" in owner.__dict__
+
+
+def _plan_transformer_layer(modules: ModuleMap, owner: nn.Module, group: list[Layer], plan: FusionPlan) -> None:
+    layer = next((layer for layer in group if layer.module is owner.linear1), None)
+    if layer is None:
+        return
+    activation = owner.activation
+    name = activation_name(activation)
+    if isinstance(activation, nn.Module):
+        if len(modules.slots[activation]) > 1:
+            plan.notes[layer.module] = "activation not folded in: it is registered in more than one place"
+        elif why_not := _why_not_module(modules, activation):
+            plan.notes[layer.module] = f"activation not folded in: {why_not}"
+        elif name is not None:
+            stand_in = nn.Identity().train(activation.training)
+            plan.fusions[layer.module] = Fusion(name, Edit(owner._modules, "activation", stand_in))
+    elif name is not None:
+        plan.fusions[layer.module] = Fusion(name, Edit(owner.__dict__, "activation", identity))
+
+
+def fast_path_edits(modules: ModuleMap, swapped: set[nn.Module]) -> list[Edit]:
+    """Keep torch from reading the raw weights of swapped layers.
+
+    In eval without gradients nn.TransformerEncoderLayer hands linear1.weight and linear2.weight to one fused
+    kernel unless activation_relu_or_gelu is 0, and nn.TransformerEncoder converts a padded batch to nested
+    tensors for it unless use_nested_tensor is False. Both are plain attributes: deepcopy and pickle keep
+    them.
+    """
+    edits = []
+    for module in modules.names:
+        if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerEncoder)):
+            if swapped.isdisjoint(module.modules()):
+                continue
+            if isinstance(module, nn.TransformerEncoderLayer):
+                edits.append(Edit(module.__dict__, "activation_relu_or_gelu", 0))
+            else:
+                edits.append(Edit(module.__dict__, "use_nested_tensor", False))
+    return edits

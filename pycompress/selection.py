@@ -1,0 +1,290 @@
+"""Which layers of a model a swap touches, and why the others are left alone.
+
+quantize_ and calibrate share this one selection, so that what was calibrated is what is swapped. Swapped are
+modules whose type is exactly nn.Linear or Hugging Face's Conv1D and which nothing else depends on: a layer
+with hooks, a parametrization, a tied weight or a reader of its raw weight would be silently broken by a swap.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from pycompress.nn import Int8Linear
+from pycompress.tracing import Shadow
+
+Slot = tuple[nn.Module, str]  # (parent, key): parent._modules[key] is the module
+FilterFn = Callable[[str, nn.Module], bool]
+
+HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+_WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One linear layer of the model: `reason` is empty when it is to be swapped, else why it is left."""
+
+    name: str
+    names: tuple[str, ...]
+    module: nn.Module
+    slots: tuple[Slot, ...]
+    reason: str
+
+
+class ModuleMap:
+    """Every module of a model with all its qualified names and all the places that hold it.
+
+    aliases: for a module that is also in a plain attribute or list, where a swap would not reach, that
+        attribute.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.names: dict[nn.Module, list[str]] = {}
+        self.slots: dict[nn.Module, list[Slot]] = {}
+        for name, module in _walk(model, "", ()):
+            self.names.setdefault(module, []).append(name)
+        for parent in self.names:
+            for key, child in parent._modules.items():
+                if child is not None:
+                    self.slots.setdefault(child, []).append((parent, key))
+        self.aliases: dict[nn.Module, str] = {}
+        for holder, names in self.names.items():
+            for key, value in holder.__dict__.items():
+                if key != "_modules":
+                    alias = f"{names[0]}.{key}".lstrip(".")
+                    self.aliases.update((module, alias) for module in _modules_in(value))
+
+    def owner(self, module: nn.Module) -> nn.Module | None:
+        """The module whose forward calls `module`: its parent, or the one above a ModuleList or ModuleDict.
+
+        None for the model itself and for a module that is registered in more than one place.
+        """
+        while len(slots := self.slots.get(module, [])) == 1:
+            module = slots[0][0]
+            if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+                return module
+        return None
+
+    def ancestors(self, module: nn.Module) -> list[nn.Module]:
+        """Every module above `module`, nearest first."""
+        found: dict[nn.Module, None] = {}
+        queue = [module]
+        for current in queue:
+            above = [parent for parent, _ in self.slots.get(current, []) if parent not in found]
+            found.update(dict.fromkeys(above))
+            queue.extend(above)
+        return list(found)
+
+
+def _walk(module: nn.Module, name: str, path: tuple[nn.Module, ...]) -> Iterator[tuple[str, nn.Module]]:
+    yield name, module
+    for key, child in module._modules.items():
+        if child is not None and child is not module and child not in path:  # a cycle ends here
+            yield from _walk(child, f"{name}.{key}" if name else key, (*path, module))
+
+
+def _modules_in(value: object, depth: int = 3) -> Iterator[nn.Module]:
+    """The modules in a plain attribute: itself, or inside lists, tuples and dicts up to `depth` deep."""
+    if isinstance(value, nn.Module):
+        yield value
+    elif depth and isinstance(value, (list, tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _modules_in(item, depth - 1)
+
+
+def select(
+    modules: ModuleMap,
+    shadow: Shadow,
+    *,
+    op: str,
+    skip: str | Iterable[str] = (),
+    filter_fn: FilterFn | None = None,
+) -> list[Layer]:
+    """The linear layers of the model in its own order, each with the reason that keeps it, or none.
+
+    skip: a qualified name, which also covers everything below it, or a glob pattern ('*.attention.*').
+    filter_fn: filter_fn(qualified name, module) -> True where the layer may be swapped.
+    Raises ValueError for a pattern that matches no module, and where the model is itself the layer.
+    """
+    check_root(modules.model, op)
+    patterns = _check_patterns(modules, skip, op)
+    owners_of = _tensor_owners(modules)
+    layers = []
+    for module, names in modules.names.items():
+        if not (isinstance(module, (nn.Linear, Int8Linear)) or _is_conv1d(module, exact=False)):
+            continue
+        reason = _skip_reason(names, patterns)
+        if not reason:
+            reason = _kept_reason(module, modules.slots[module]) or _tied_reason(module, owners_of)
+        if not reason and module in modules.aliases:
+            reason = f"is also held in {modules.aliases[module]}, a plain attribute that a swap would miss"
+        if not reason:
+            reason = _weight_read_reason(module, modules, shadow)
+        if not reason and filter_fn is not None and not filter_fn(names[0], module):
+            reason = "filter_fn said no"
+        layers.append(Layer(names[0], tuple(names), module, tuple(modules.slots[module]), reason))
+    return layers
+
+
+def check_root(model: nn.Module, op: str) -> None:
+    """Raises where `model` cannot be changed in place: not a module, a scripted one, or itself a linear."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{op}: model is a {type(model).__name__}; expected a torch.nn.Module")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(f"{op}: the model is a ScriptModule, whose layers are fixed; convert before scripting")
+    if isinstance(model, (nn.Linear, Int8Linear)) or _is_conv1d(model, exact=False):
+        raise ValueError(
+            f"{op}: the model is itself a {type(model).__name__}, and a swap in place needs a parent; "
+            "use pycompress.nn.Int8Linear.from_float(model), or pass nn.Sequential(model)"
+        )
+
+
+def _is_conv1d(module: nn.Module, *, exact: bool) -> bool:
+    # Without transformers in the process there can be no Conv1D, so it is never imported here.
+    conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    return conv1d is not None and (type(module) is conv1d if exact else isinstance(module, conv1d))
+
+
+def _check_patterns(modules: ModuleMap, skip: str | Iterable[str], op: str) -> list[str]:
+    patterns = [skip] if isinstance(skip, str) else list(skip)
+    every = [name for names in modules.names.values() for name in names if name]
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"{op}: skip holds {pattern!r}; expected qualified names or glob patterns (str)")
+        if not any(_covers(pattern, name) for name in every):
+            close = _closest(pattern, every)
+            hint = f"; the closest names are {', '.join(map(repr, close))}" if close else ""
+            raise ValueError(f"{op}: skip={pattern!r} matches no module of the model{hint}")
+    return patterns
+
+
+def _closest(pattern: str, names: list[str]) -> list[str]:
+    """At most three names like `pattern`: those that end in it first, then those spelt like it."""
+    tails = [name for name in names if name.endswith("." + pattern)]
+    spelt = difflib.get_close_matches(pattern, names, n=3, cutoff=0.5)
+    last = {name.rpartition(".")[2]: name for name in reversed(names)}
+    spelt += [last[tail] for tail in difflib.get_close_matches(pattern.rpartition(".")[2], last, n=3)]
+    return list(dict.fromkeys(tails + spelt))[:3]
+
+
+def _covers(pattern: str, name: str) -> bool:
+    """Whether the pattern matches `name` or a module above it."""
+    parts = name.split(".")
+    return any(fnmatch.fnmatchcase(".".join(parts[:n]), pattern) for n in range(len(parts), 0, -1))
+
+
+def _skip_reason(names: list[str], patterns: list[str]) -> str:
+    hits = (p for p in patterns if any(_covers(p, name) for name in names))
+    return next((f"skip={p!r}" for p in hits), "")
+
+
+def _kept_reason(module: nn.Module, slots: list[Slot]) -> str:
+    """Why the layer, looked at by itself, has to stay; empty if it may go."""
+    if isinstance(module, Int8Linear):
+        return f"already int8 ({module.mode})"
+    if parametrize.is_parametrized(module):
+        return "is parametrized"
+    if any(isinstance(parent, nn.MultiheadAttention) for parent, _ in slots):
+        return "nn.MultiheadAttention reads its weight directly"
+    if type(module) is not nn.Linear and not _is_conv1d(module, exact=True):
+        return f"is a {type(module).__name__}, a subclass that may do more than a linear"
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance"
+    hooks = [kind.strip("_") for kind in HOOKS if getattr(module, kind, None)]
+    if hooks:
+        return f"has {hooks[0].replace('_', ' ')}"
+    extra = {*module._parameters, *module._buffers, *module._modules} - {"weight", "bias"}
+    if "weight" not in module._parameters:
+        return "its weight is computed, not a parameter"
+    if extra:
+        return f"holds more than weight and bias: {', '.join(sorted(extra))}"
+    if module._compiled_call_impl is not None:
+        return "was compiled by itself; swap first, then compile"
+    return next((r for r in map(_tensor_reason, module._parameters.values(), ("weight", "bias")) if r), "")
+
+
+def _tensor_reason(tensor: Tensor | None, what: str) -> str:
+    if tensor is None:
+        return f"has no {what}" if what == "weight" else ""
+    if nn.parameter.is_lazy(tensor):
+        return f"its {what} is not initialised yet"
+    if type(tensor) is not nn.Parameter:
+        return f"its {what} is of type {type(tensor).__name__}"
+    if tensor.is_meta:
+        return f"its {what} is on the meta device; load the weights first"
+    if tensor.layout is not torch.strided:
+        return f"its {what} is {tensor.layout}"
+    if tensor.dtype not in _WEIGHT_DTYPES:
+        return f"its {what} is {tensor.dtype}; expected float32, bfloat16 or float16"
+    return f"its {what} is empty" if tensor.numel() == 0 else ""
+
+
+def memory_key(tensor: Tensor) -> tuple[object, ...]:
+    """Equal for tensors that start at the same memory: a tied weight, or a second Parameter made over it."""
+    if tensor.is_meta or nn.parameter.is_lazy(tensor) or tensor.layout is not torch.strided:
+        return (id(tensor),)
+    try:
+        pointer = tensor.data_ptr()
+    except RuntimeError:  # a tensor subclass without storage of its own
+        pointer = 0
+    return (tensor.device, pointer) if pointer else (id(tensor),)
+
+
+def _tensor_owners(modules: ModuleMap) -> dict[tuple[object, ...], list[tuple[nn.Module, str]]]:
+    """For each piece of memory the (module, qualified name) pairs that hold it as a parameter or buffer."""
+    owners: dict[tuple[object, ...], list[tuple[nn.Module, str]]] = {}
+    for module, names in modules.names.items():
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                name = f"{names[0]}.{key}" if names[0] else key
+                owners.setdefault(memory_key(tensor), []).append((module, name))
+    return owners
+
+
+def _tied_reason(module: nn.Module, owners: dict[tuple[object, ...], list[tuple[nn.Module, str]]]) -> str:
+    for key, tensor in module._parameters.items():
+        if tensor is not None:
+            for other, name in owners[memory_key(tensor)]:
+                if other is not module:
+                    return f"its {key} is tied to {name}"
+    return ""
+
+
+def _weight_read_reason(module: nn.Module, modules: ModuleMap, shadow: Shadow) -> str:
+    """Whether the forward around the layer reads its weight itself, as torchvision's Swin attention does."""
+    owner = modules.owner(module)
+    if owner is None:
+        return ""
+    path = relative_name(modules, owner, module)
+    traces = shadow.glance(modules.names[owner][0])
+    for key in ("weight", "bias"):
+        if traces.reads(f"{path}.{key}"):
+            return f"{type(owner).__name__}.forward reads its {key} directly"
+    return ""
+
+
+def relative_name(modules: ModuleMap, owner: nn.Module, module: nn.Module) -> str:
+    """The name of `module` under `owner`, which holds it."""
+    above, name = modules.names[owner][0], modules.names[module][0]
+    for candidate in modules.names[module]:
+        if not above or candidate.startswith(above + "."):
+            name = candidate
+            break
+    return name[len(above) + 1 :] if above else name
