@@ -1,0 +1,259 @@
+"""Who computes an int8 linear layer on a CPU: one row of PROVIDERS each, all built from the same fp32 layer.
+
+build(layer, threads) -> bind        quantises and packs the weight, once per layer and thread count
+bind(x) -> Bound                     prepares the call for one fp32 input (M, K)
+Bound.run()                          the timed call;  Bound.output() -> (M, N), for the check against float64
+"""
+
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib import metadata, util
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pycompress import _native, ops
+from pycompress.nn import Int8Linear
+
+
+@dataclass(frozen=True)
+class Layer:
+    """weight: (N, K) fp32. bias: (N,) fp32. input_range: of the inputs to come, for static quantisation."""
+
+    weight: Tensor
+    bias: Tensor
+    input_range: tuple[float, float]
+
+    def linear(self) -> nn.Linear:
+        n, k = self.weight.shape
+        linear = nn.Linear(k, n, device="meta")
+        linear.weight = nn.Parameter(self.weight, requires_grad=False)
+        linear.bias = nn.Parameter(self.bias, requires_grad=False)
+        return linear.eval()
+
+
+@dataclass(frozen=True)
+class Bound:
+    run: Callable[[], object]
+    output: Callable[[], Tensor]
+
+
+Bind = Callable[[Tensor], Bound]
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to compute the layer.
+
+    peak names the field of peaks.Peaks that limits it; pool its thread pool; requires the modules it needs,
+    the one that gives its version first.
+    """
+
+    name: str
+    backend: str
+    build: Callable[[Layer, int], Bind]
+    dtype: str = "int8"
+    peak: str = "int8_gops"
+    covers: str = "layer"
+    requires: tuple[str, ...] = ("torch",)
+    pool: str = "openmp"
+
+    @property
+    def missing(self) -> str:
+        """Names of the modules that are not installed; empty when the provider can run."""
+        return ", ".join(m for m in self.requires if util.find_spec(m) is None)
+
+    @property
+    def version(self) -> str:
+        return "" if self.missing else metadata.version(self.requires[0])
+
+    @property
+    def isa(self) -> str:
+        """Known for pycompress and torch; the other runtimes choose for themselves and do not say."""
+        if self.name.startswith("pycompress"):
+            return _native.selected_isa()
+        return torch.backends.cpu.get_cpu_capability().lower() if self.name.startswith("torch") else ""
+
+
+# Bounds on Row.error. int8: 7-bit activations and one scale for all (torch quantize_dynamic) give 0.015.
+TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2, "int8-weight": 1.5e-2, "int8": 4e-2}
+
+
+def _module(module: nn.Module, dtype: torch.dtype = torch.float32) -> Bind:
+    def bind(x: Tensor) -> Bound:
+        run = partial(module, x.to(dtype))
+        return Bound(run, run)
+
+    return bind
+
+
+def _pycompress(mode: str, layer: Layer, threads: int) -> Bind:
+    input_range = layer.input_range if mode == "static" else None
+    return _module(Int8Linear.from_float(layer.linear(), mode=mode, input_range=input_range, backend="native"))
+
+
+def _dense(dtype: torch.dtype, layer: Layer, threads: int) -> Bind:
+    return _module(layer.linear().to(dtype), dtype)
+
+
+def _quantize_dynamic(engine: str, layer: Layer, threads: int) -> Bind:
+    previous = torch.backends.quantized.engine
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.ao announces its own removal at every call
+        from torch.ao.quantization import quantize_dynamic
+
+        torch.backends.quantized.engine = engine
+        try:
+            swapped = quantize_dynamic(nn.Sequential(layer.linear()), {nn.Linear}, dtype=torch.qint8)
+        finally:
+            torch.backends.quantized.engine = previous
+    return _module(swapped[0])
+
+
+def _int_mm(layer: Layer, threads: int) -> Bind:
+    q, scale = ops.quantize_weight(layer.weight)
+
+    def bind(x: Tensor) -> Bound:
+        # Quantised beforehand, scaled afterwards: only the integer product is timed.
+        qx, x_scale = ops.quantize_weight(x)
+        run = partial(torch._int_mm, qx, q.t())
+        return Bound(run, lambda: run() * x_scale[:, None] * scale + layer.bias)
+
+    return bind
+
+
+def _torchao(layer: Layer, threads: int) -> Bind:
+    logging.disable(logging.WARNING)  # its import announces every CUDA library that it cannot load
+    try:
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+    finally:
+        logging.disable(logging.NOTSET)
+    linear = layer.linear()
+    quantize_(linear, Int8DynamicActivationInt8WeightConfig(set_inductor_config=False))
+    return _module(linear)
+
+
+def _onnx_model(layer: Layer) -> bytes:
+    """The graph that onnxruntime.quantization writes; ONNX Runtime fuses it to one DynamicQuantizeMatMul."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    q, scale = ops.quantize_weight(layer.weight)
+    n, k = q.shape
+    constants = {
+        "w": q.t().contiguous(),
+        "w_scale": scale,
+        "w_zero": torch.zeros(n, dtype=torch.int8),
+        "bias": layer.bias,
+    }
+    nodes = [
+        helper.make_node("DynamicQuantizeLinear", ["x"], ["qx", "x_scale", "x_zero"]),
+        helper.make_node("MatMulInteger", ["qx", "w", "x_zero", "w_zero"], ["sums"]),
+        helper.make_node("Cast", ["sums"], ["sums_f"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["x_scale", "w_scale"], ["scale"]),
+        helper.make_node("Mul", ["sums_f", "scale"], ["product"]),
+        helper.make_node("Add", ["product", "bias"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "int8_linear",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["M", k])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["M", n])],
+        [numpy_helper.from_array(t.numpy(), name) for name, t in constants.items()],
+    )
+    # Old enough for every ONNX Runtime of the last years.
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    return bytes(model.SerializeToString())
+
+
+def _onnxruntime(layer: Layer, threads: int) -> Bind:
+    import numpy
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    session = ort.InferenceSession(_onnx_model(layer), options, providers=["CPUExecutionProvider"])
+
+    def bind(x: Tensor) -> Bound:
+        y = torch.empty(x.shape[0], layer.bias.shape[0])
+        binding = session.io_binding()
+        for attach, name, t in ((binding.bind_input, "x", x), (binding.bind_output, "y", y)):
+            attach(name, "cpu", 0, numpy.float32, tuple(t.shape), t.data_ptr())
+
+        def run(keep: Tensor = x) -> Tensor:  # the binding holds a bare pointer to x
+            session.run_with_iobinding(binding)
+            return y
+
+        return Bound(run, lambda: run().clone())
+
+    return bind
+
+
+def _openvino(layer: Layer, threads: int) -> Bind:
+    import openvino as ov
+    from openvino import opset13
+
+    q, scale = ops.quantize_weight(layer.weight)
+    k = q.shape[1]
+    x_in = opset13.parameter([-1, k], ov.Type.f32)
+    weight = opset13.multiply(opset13.convert(q.numpy(), "f32"), scale[:, None].numpy())
+    y_out = opset13.add(opset13.matmul(x_in, weight, False, True), layer.bias[None].numpy())
+    config = {
+        "INFERENCE_NUM_THREADS": threads,
+        "NUM_STREAMS": 1,
+        "PERFORMANCE_HINT": "LATENCY",
+        "ENABLE_CPU_PINNING": False,
+        # Without f32 it multiplies in bf16, slower. Groups of 128 beat 32, the default, and whole rows.
+        "INFERENCE_PRECISION_HINT": "f32",
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 128,
+    }
+    compiled = ov.Core().compile_model(ov.Model([y_out], [x_in], "int8_linear"), "CPU", config)
+
+    def bind(x: Tensor) -> Bound:
+        request: Any = compiled.create_infer_request()
+        request.set_input_tensor(ov.Tensor(x.numpy(), shared_memory=True))
+
+        def output() -> Tensor:
+            request.infer()
+            return torch.from_numpy(request.get_output_tensor().data.copy())
+
+        return Bound(request.infer, output)
+
+    return bind
+
+
+def _ours(mode: str, dtype: str, peak: str) -> Provider:
+    build = partial(_pycompress, mode)
+    return Provider(f"pycompress-{mode}", "native", build, dtype, peak, requires=("pycompress",))
+
+
+PROVIDERS: tuple[Provider, ...] = (
+    _ours("dynamic", "int8", "int8_gops"),
+    _ours("static", "int8", "int8_gops"),
+    _ours("weight_only", "int8-weight", "fp32_gflops"),
+    Provider("torch-fp32", "eager", partial(_dense, torch.float32), "fp32", "fp32_gflops"),
+    Provider("torch-bf16", "eager", partial(_dense, torch.bfloat16), "bf16", "bf16_gflops"),
+    *(
+        Provider(f"torch-quantize_dynamic-{engine}", engine, partial(_quantize_dynamic, engine))
+        for engine in ("fbgemm", "x86", "onednn")  # qnnpack is for phones: a tenth of these on a server
+        if engine in torch.backends.quantized.supported_engines
+    ),
+    Provider("torch-int_mm", "eager", _int_mm, covers="product"),
+    Provider("torchao", "eager", _torchao, requires=("torchao",)),
+    Provider("onnxruntime", "cpu", _onnxruntime, requires=("onnxruntime", "onnx"), pool="onnxruntime"),
+    Provider("openvino", "cpu", _openvino, requires=("openvino",), pool="openvino"),
+)
+
+
+def choose(names: Sequence[str]) -> list[Provider]:
+    """Providers whose name begins with one of `names`, or all; ValueError for a name that fits none."""
+    for name in names:
+        if not any(p.name.startswith(name) for p in PROVIDERS):
+            known = ", ".join(p.name for p in PROVIDERS)
+            raise ValueError(f"unknown provider {name!r}; choose among: {known}")
+    return [p for p in PROVIDERS if not names or p.name.startswith(tuple(names))]
