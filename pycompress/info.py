@@ -1,0 +1,143 @@
+"""What pycompress finds on this machine: the data behind `pycompress info`, and behind every result file."""
+
+import dataclasses
+import os
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from rich.table import Table
+
+from pycompress import _native, ops
+from pycompress.version import __version__
+
+OPERATIONS = ("int8_matmul",)  # what this version computes; a benchmark each, of the same name
+# What the kernels could use, as /proc/cpuinfo spells it (x86 "flags", Arm "Features").
+_FEATURES = (
+    "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16",
+    "avx512_fp16", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "bf16", "sve", "sve2",
+)  # fmt: skip
+_OPENMP = re.compile(r"(?:^|/)(lib(?:gomp|iomp5|omp)[^/]*\.(?:so[.\d]*|dylib))$")
+
+
+def collect(*, peaks: bool = False) -> dict[str, Any]:
+    """Returns a JSON-ready description of the machine and of what pycompress will run on it.
+
+    peaks: also measure the ceilings: int8 GOP/s, fp32 and bf16 GFLOP/s, read GB/s (about a second).
+    A wrong PYCOMPRESS_ISA is reported under isa.error, not raised: finding such things is what this is for.
+    """
+    found = {
+        "versions": _versions(),
+        "cpu": _cpu(),
+        "isa": _isa(),
+        "threads": {
+            "torch": torch.get_num_threads(),
+            "cores_usable": _cores_usable(),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
+        },
+        "openmp": _openmp(),
+        "backends": _backends(),
+    }
+    if peaks:
+        from pycompress.peaks import measure
+
+        found["peaks"] = dataclasses.asdict(measure())
+    return found
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "pycompress": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "platform": platform.platform(),
+    }
+
+
+def _cpu() -> dict[str, Any]:
+    """Reads /proc/cpuinfo; elsewhere there is the name that Python knows and no feature list."""
+    path = Path("/proc/cpuinfo")
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    fields = dict(re.findall(r"^([^\t:\n]+?)\s*:[ \t]*(.*)$", text, re.MULTILINE))
+    flags = set((fields.get("flags") or fields.get("Features") or "").split())
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    return {
+        "name": name,
+        "architecture": platform.machine(),
+        "logical_cores": os.cpu_count(),
+        "features": [f for f in _FEATURES if f in flags],
+    }
+
+
+def _cores_usable() -> int | None:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _isa() -> dict[str, Any]:
+    forced = os.environ.get("PYCOMPRESS_ISA") or None
+    found: dict[str, Any] = {"available": _native.available_isas(), "forced": forced}
+    try:
+        return {**found, "selected": _native.selected_isa()}
+    except (ValueError, RuntimeError) as error:
+        return {**found, "selected": None, "error": str(error)}
+
+
+def _openmp() -> dict[str, Any]:
+    """Lists the OpenMP libraries of this process; two of them are two thread pools fighting for the cores."""
+    path = Path("/proc/self/maps")
+    if not path.is_file():
+        return {"libraries": [], "shared_with_torch": None}
+    files = {line.split(maxsplit=5)[5] for line in path.read_text().splitlines() if line.count("/")}
+    libraries = sorted(f for f in files if _OPENMP.search(f))
+    return {"libraries": libraries, "shared_with_torch": len(libraries) == 1}
+
+
+def _backends() -> dict[str, dict[str, str]]:
+    """Runs every backend of every operation once, on one element, and tells the kernel or the error."""
+    return {"int8_matmul": {name: _try_int8_matmul(name) for name in ops.BACKENDS if name != "auto"}}
+
+
+def _try_int8_matmul(backend: str) -> str:
+    try:
+        weight, one = ops.pack_weight(torch.ones(1, 1, dtype=torch.int8)), torch.ones(1)
+        y = ops.int8_linear(one, weight, one, backend=backend)
+        kernel = ops.kernel_name(weight) if backend == "native" else "plain torch"
+    except (ValueError, RuntimeError) as error:
+        return f"not usable: {error}"
+    return f"usable: {kernel}" if abs(y.item() - 1) < 1e-3 else f"broken: 1 x 1 gives {y.item()}"
+
+
+def table(found: dict[str, Any]) -> Table:
+    """Returns `collect()`'s answer as a table for the terminal."""
+    grid = Table(show_header=False, box=None, pad_edge=False)
+    grid.add_column(style="bold cyan", no_wrap=True)
+    grid.add_column(overflow="fold")
+    versions, cpu, isa, threads, openmp = (found[k] for k in ("versions", "cpu", "isa", "threads", "openmp"))
+    grid.add_row("pycompress", versions["pycompress"])
+    grid.add_row("python", f"{versions['python']} on {versions['platform']}")
+    grid.add_row("torch, numpy", f"{versions['torch']}, {versions['numpy']}")
+    grid.add_row("CPU", f"{cpu['name']}, {cpu['logical_cores']} logical cores, {cpu['architecture']}")
+    grid.add_row("CPU features", " ".join(cpu["features"]) or "not listed by this platform")
+    why = f"PYCOMPRESS_ISA={isa['forced']}" if isa["forced"] else "the best; PYCOMPRESS_ISA forces another"
+    grid.add_row("instruction set", f"{isa['selected'] or 'none'} ({why})")
+    grid.add_row("available", ", ".join(isa["available"]))
+    grid.add_row("threads", f"{threads['torch']} of {threads['cores_usable']} usable cores")
+    shared = {True: "one library, shared with torch", False: "not shared with torch", None: "not known here"}
+    grid.add_row("OpenMP", "\n".join([shared[openmp["shared_with_torch"]], *openmp["libraries"]]))
+    for operation, backends in found["backends"].items():
+        for backend, state in backends.items():
+            grid.add_row(f"{operation}, {backend}", state)
+    if "peaks" in found:
+        grid.add_row("peaks", _peaks_line(found["peaks"]))
+    return grid
+
+
+def _peaks_line(peaks: dict[str, Any]) -> str:
+    units = {"int8_gops": "int8 GOP/s", "fp32_gflops": "fp32 GFLOP/s", "bf16_gflops": "bf16 GFLOP/s"}
+    units["read_gbps"] = "GB/s read"
+    rates = [f"{peaks[name]:.0f} {unit}" for name, unit in units.items() if peaks[name] is not None]
+    return f"{', '.join(rates)} on {peaks['threads']} threads"
