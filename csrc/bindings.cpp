@@ -32,11 +32,10 @@ Enum to_enum(int value, int count, const char* what) {
 class Int8Plan {
  public:
   Int8Plan(uintptr_t weight, int64_t weight_bytes, uintptr_t weight_scale, int64_t n, uintptr_t bias, int bias_dtype,
-           uintptr_t input_scale, uintptr_t input_zero_point, int mode, int activation) {
+           uintptr_t input_scale, uintptr_t input_zero_point, int mode, int activation)
+      : prepared_(im::prepare(pointer<const void>(weight), weight_bytes)) {
     args_.mode = to_enum<im::Mode>(mode, 3, "mode");
     args_.activation = to_enum<im::Activation>(activation, 5, "activation");
-    args_.weight = pointer<const void>(weight);
-    args_.weight_bytes = weight_bytes;
     args_.weight_scale = pointer<const float>(weight_scale);
     args_.bias = pointer<const void>(bias);
     args_.bias_dtype = to_enum<pc::Dtype>(bias_dtype, 3, "bias dtype");
@@ -64,11 +63,12 @@ class Int8Plan {
     a.row_stride = layout[4];
     a.col_stride = layout[5];
     py::gil_scoped_release release;
-    im::run(a);
+    im::run(a, prepared_);
   }
 
  private:
   im::Args args_;
+  im::Prepared prepared_;
 };
 
 std::vector<std::string> names(const std::vector<pc::Isa>& isas) {

@@ -84,8 +84,6 @@ struct Args {
   int64_t m = 0, k = 0;
   int64_t inner_rows = 1, outer_stride = 0, row_stride = 0, col_stride = 1;
 
-  const void* weight = nullptr;  // packed, 64-byte aligned
-  int64_t weight_bytes = 0;
   const float* weight_scale = nullptr;  // [N]
   const void* bias = nullptr;           // [N] of bias_dtype, or null
   Dtype bias_dtype = Dtype::f32;
@@ -128,8 +126,15 @@ const Kernel& best_kernel();
 // The best kernel that may run here and reads this layout. The scalar one reads all.
 const Kernel& kernel_for(const Layout& layout);
 
+// A packed weight, its header checked, and the kernel that reads it: found once, used for many calls.
+struct Prepared {
+  PackedWeight weight;
+  const Kernel* kernel;
+};
+Prepared prepare(const void* packed, int64_t bytes);
+
 // Checks every field, then computes. Throws ArgumentError before any work.
-void run(const Args& args);
+void run(const Args& args, const Prepared& prepared);
 
 // ---- pack.cpp --------------------------------------------------------------------------------------------------
 

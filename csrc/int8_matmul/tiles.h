@@ -1,6 +1,7 @@
 // The inner loops: one tile of up to 6 rows x nr outputs, accumulated over K in registers. See tile_engine.h.
 #pragma once
 
+#include "common/memory.h"
 #include "int8_matmul/int8_matmul.h"
 
 namespace pycompress::int8_matmul {
@@ -77,6 +78,8 @@ void int_tile(const uint8_t* w, const typename Isa::X* x, int64_t ldx, int64_t g
   }
 }
 
+constexpr int64_t kWidenAhead = 8192;  // bytes of weight fetched ahead; at M = 1 nearly twice the speed of none
+
 // acc[MR, NV vectors] += the same in f32, for weight_only: every weight is widened once for all rows of the tile.
 template <class Isa, int MR, int NV>
 void float_tile(const uint8_t* w, const float* x, int64_t ldx, int64_t groups, float* acc) {
@@ -88,6 +91,9 @@ void float_tile(const uint8_t* w, const float* x, int64_t ldx, int64_t groups, f
     for (int j = 0; j < NV; ++j) sum[r][j] = Vec::load(acc + (r * Isa::kVectors + j) * Vec::kLanes);
   }
   for (int64_t g = 0; g < groups; ++g) {
+    // Widening fills the window of instructions in flight, so that they do not reach far enough ahead by themselves.
+    PYCOMPRESS_UNROLL
+    for (int line = 0; line < Isa::kBytes * NV; line += kAlignment) __builtin_prefetch(w + kWidenAhead + line);
     PYCOMPRESS_UNROLL
     for (int i = 0; i < KU; ++i) {
       typename Vec::F b[NV];

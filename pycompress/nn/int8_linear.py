@@ -140,7 +140,10 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.compiler.is_compiling() and is_plain_eager(x):
-            y = self._run_eager(x)
+            plan = self._plan
+            y = None if plan is None else plan.run(x, self._buffers, self._parameters["bias"])
+            if y is None:
+                y = self._run_with_new_plan(x)
             if y is not None:
                 return y
         return torch.ops.pycompress.int8_linear.default(
@@ -155,18 +158,12 @@ class Int8Linear(nn.Module):
             self.backend,
         )
 
-    def _run_eager(self, x: Tensor) -> Tensor | None:
-        own, plan = self._buffers, self._plan
-        tensors = (
-            own["_weight"],
-            own["weight_scale"],
-            self._parameters["bias"],
-            own["input_scale"],
-            own["input_zero_point"],
-        )
-        if plan is None or not plan.is_for(*tensors):
-            plan = self._plan = EagerPlan.make(x, *tensors, self.mode, self.activation, self.backend)
-        return None if plan is None else plan.run(x)
+    def _run_with_new_plan(self, x: Tensor) -> Tensor | None:
+        if self.backend == "reference":
+            return None
+        bias = self._parameters["bias"]
+        self._plan = plan = EagerPlan.make(x, self._buffers, bias, self.mode, self.activation)
+        return None if plan is None else plan.run(x, self._buffers, bias)
 
     # ---- state ------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,8 @@ a 1 x 384 x 384 product takes 1.4 us. A plan holds a layer's arguments, checked 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -37,65 +39,71 @@ class EagerPlan:
     """A layer's tensors, checked once.
 
     :meth:`run` computes what the operator computes, or answers None where it is not sure; the operator then runs, or
-    says what is wrong. Ask :func:`is_plain_eager` and :meth:`is_for` first.
+    says what is wrong. Ask :func:`is_plain_eager` first.
     """
 
-    __slots__ = ("_input_scale", "_input_zero_point", "_k", "_n", "_native", "_pointers", "_scale", "_weight", "bias")
+    __slots__ = (
+        "_bias",
+        "_bias_address",
+        "_input_scale",
+        "_input_zero_point",
+        "_k",
+        "_n",
+        "_native",
+        "_scale",
+        "_scale_address",
+        "_weight",
+    )
 
     def __init__(self, call: Call) -> None:
         check(call)
-        self._weight, self._scale, self.bias = call.weight, call.weight_scale, call.bias
+        self._weight, self._scale, self._bias = call.weight, call.weight_scale, call.bias
         self._input_scale, self._input_zero_point = call.input_scale, call.input_zero_point
-        self._pointers = self._addresses()
+        self._scale_address = call.weight_scale.data_ptr()
+        self._bias_address = 0 if call.bias is None else call.bias.data_ptr()
         self._n, self._k = call.weight_scale.shape[0], call.x.shape[-1]
         self._native = native_plan(call, call.weight)
 
     @classmethod
     def make(
-        cls,
-        x: Tensor,
-        weight: Tensor | None,
-        weight_scale: Tensor | None,
-        bias: Tensor | None,
-        input_scale: Tensor | None,
-        input_zero_point: Tensor | None,
-        mode: str,
-        activation: str,
-        backend: str,
+        cls, x: Tensor, buffers: Mapping[str, Tensor | None], bias: Tensor | None, mode: str, activation: str
     ) -> EagerPlan | None:
-        """A plan for calls with tensors like x, or None where they are not for the native kernel."""
-        if weight is None or weight_scale is None or weight.dtype != torch.uint8 or backend == "reference":
+        """A plan for calls like this one, or None where they are not for the native kernel."""
+        weight, scale = buffers["_weight"], buffers["weight_scale"]
+        if weight is None or scale is None or not (x.is_cpu and weight.is_cpu):
             return None
-        if not (x.is_cpu and weight.is_cpu) or weight.data_ptr() % ALIGNMENT != 0:
+        if weight.dtype != torch.uint8 or weight.data_ptr() % ALIGNMENT != 0:
             return None
-        return cls(Call(x, weight, weight_scale, bias, mode, input_scale, input_zero_point, activation))
+        statics = buffers["input_scale"], buffers["input_zero_point"]
+        return cls(Call(x, weight, scale, bias, mode, *statics, activation))
 
-    def _addresses(self) -> tuple[int, int]:
-        return self._scale.data_ptr(), 0 if self.bias is None else self.bias.data_ptr()
-
-    def is_for(self, weight: object, scale: object, bias: object, input_scale: object, zero_point: object) -> bool:
-        """Whether these very tensors are the plan's, with the memory that they had then."""
-        return (
-            weight is self._weight
-            and scale is self._scale
-            and bias is self.bias
-            and input_scale is self._input_scale
-            and zero_point is self._input_zero_point
-            and self._addresses() == self._pointers  # else replaced through .data
-        )
-
-    def run(self, x: Tensor) -> Tensor | None:
-        if self.bias is not None and self.bias.requires_grad and torch.is_grad_enabled():
+    def run(self, x: Tensor, buffers: Mapping[str, Tensor | None], bias: Tensor | None) -> Tensor | None:
+        """y, or None: the plan is not for these tensors (another object, or other memory through ``.data``), a
+        gradient is wanted, or x is not contiguous, on the CPU, (..., K) and of a known dtype.
+        """
+        scale = self._scale
+        if (
+            buffers["_weight"] is not self._weight
+            or buffers["weight_scale"] is not scale
+            or buffers["input_scale"] is not self._input_scale
+            or buffers["input_zero_point"] is not self._input_zero_point
+            or bias is not self._bias
+            or scale.data_ptr() != self._scale_address
+        ):
             return None
-        dtype, shape, k, n = x.dtype, x.shape, self._k, self._n
+        if bias is not None and (
+            bias.data_ptr() != self._bias_address or (bias.requires_grad and torch.is_grad_enabled())
+        ):
+            return None
+        dtype, shape = x.dtype, x.shape
         code = DTYPE_CODES.get(dtype)
-        if code is None or not x.is_cpu or not shape or shape[-1] != k or not x.is_contiguous():
+        if code is None or not x.is_cpu or not shape or shape[-1] != self._k or not x.is_contiguous():
             return None
         if len(shape) == 2:
             m = shape[0]
-            y = torch.empty(m, n, dtype=dtype)
+            y = torch.empty(m, self._n, dtype=dtype)
         else:
             m = shape[:-1].numel()
-            y = torch.empty((*shape[:-1], n), dtype=dtype)
-        self._native.run(x.data_ptr(), m, k, code, y.data_ptr(), torch.get_num_threads())
+            y = torch.empty((*shape[:-1], self._n), dtype=dtype)
+        self._native.run(x.data_ptr(), m, self._k, code, y.data_ptr(), torch.get_num_threads())
         return y
