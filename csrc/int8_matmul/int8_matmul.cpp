@@ -64,7 +64,7 @@ double share_cost(double rows, double outputs, double k) {
 }
 
 Grid choose_grid(const Args& a, const Layout& layout) {
-  constexpr double kForkCost = 2000;  // nanoseconds to wake a team and to wait for it
+  constexpr double kForkCost = 3000;  // nanoseconds to wake a team and to wait for it
   const int64_t panels = panel_count(layout, a.n);
   Grid best{1, 1};
   double best_cost = share_cost(double(a.m), double(a.n), double(a.k));

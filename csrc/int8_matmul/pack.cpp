@@ -28,12 +28,15 @@ uint64_t header_checksum(const PackedHeader& header) {
 
 int64_t sums_bytes(const Layout& layout, int64_t n) { return round_up(padded_n(layout, n) * 4, kAlignment); }
 
-// Where weight [n,k] lies, counted from the start of the panels.
-int64_t position(const Layout& layout, int64_t n, int64_t k, int64_t total_n, int64_t total_k) {
+// Where the first group of output n lies, counted from the start of the panels, and how far the next group is.
+struct Row {
+  int64_t start, step;
+};
+
+Row locate(const Layout& layout, int64_t n, int64_t total_n, int64_t total_k) {
   const int64_t panel = n / layout.nr, column = n % layout.nr;
-  const int64_t padded_k = round_up(total_k, layout.ku);
   const int64_t width = std::min<int64_t>(layout.nr, padded_n(layout, total_n) - panel * layout.nr);
-  return panel * layout.nr * padded_k + (k / layout.ku * width + column) * layout.ku + k % layout.ku;
+  return {panel * layout.nr * round_up(total_k, layout.ku) + column * layout.ku, width * layout.ku};
 }
 
 }  // namespace
@@ -69,8 +72,9 @@ void pack(const Layout& layout, const int8_t* weight, int64_t n, int64_t k, int6
   std::memset(sums, 0, size_t(sums_bytes(layout, n)));
   std::memset(panels, layout.offset, size_t(padded_n(layout, n) * round_up(k, layout.ku)));
   for (int64_t row = 0; row < n; ++row) {
-    for (int64_t kk = 0; kk < k; kk += layout.ku) {
-      uint8_t* group = panels + position(layout, row, kk, n, k);
+    const Row at = locate(layout, row, n, k);
+    uint8_t* group = panels + at.start;
+    for (int64_t kk = 0; kk < k; kk += layout.ku, group += at.step) {
       for (int64_t j = 0; j < layout.ku && kk + j < k; ++j) {
         const int8_t value = weight[row * ld + kk + j];
         sums[row] += value;
@@ -82,8 +86,9 @@ void pack(const Layout& layout, const int8_t* weight, int64_t n, int64_t k, int6
 
 void unpack_row(const PackedWeight& packed, int64_t n, int8_t* row) {
   const Layout& layout = *packed.layout;
-  for (int64_t kk = 0; kk < packed.k; kk += layout.ku) {
-    const uint8_t* group = packed.panels + position(layout, n, kk, packed.n, packed.k);
+  const Row at = locate(layout, n, packed.n, packed.k);
+  const uint8_t* group = packed.panels + at.start;
+  for (int64_t kk = 0; kk < packed.k; kk += layout.ku, group += at.step) {
     for (int64_t j = 0; j < layout.ku && kk + j < packed.k; ++j) row[kk + j] = int8_t(group[j] - layout.offset);
   }
 }

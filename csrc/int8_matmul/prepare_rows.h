@@ -65,13 +65,18 @@ struct Pass {
   }
 };
 
+// Inlined by force where a call, its prologue and its spilled constants would cost a sixth of a short row.
+#define PYCOMPRESS_INLINE __attribute__((always_inline)) inline
+
 // ---- preparing rows --------------------------------------------------------------------------------------------
 
 // Row m of x with its columns adjacent: the caller's memory where it already is so, else gathered.
 inline const char* row_of(const Args& a, int64_t m, char* gathered) {
   const int64_t size = dtype_size(a.dtype);
-  const char* row =
-      static_cast<const char*>(a.x) + (m / a.inner_rows * a.outer_stride + m % a.inner_rows * a.row_stride) * size;
+  // Mostly there is one level of rows; the divisions would cost a third of quantising a short row.
+  const int64_t offset =
+      m < a.inner_rows ? m * a.row_stride : m / a.inner_rows * a.outer_stride + m % a.inner_rows * a.row_stride;
+  const char* row = static_cast<const char*>(a.x) + offset * size;
   if (a.col_stride == 1) return row;
   for (int64_t k = 0; k < a.k; ++k) {
     if (size == 4) {
@@ -85,7 +90,7 @@ inline const char* row_of(const Args& a, int64_t m, char* gathered) {
 
 // max |x| over the row as float; infinity or NaN where the row holds one.
 template <Dtype D>
-float largest_magnitude(const char* row, int64_t k) {
+PYCOMPRESS_INLINE float largest_magnitude(const char* row, int64_t k) {
   constexpr int64_t kBytes = sizeof(typename Vec::I);
   const int64_t total = k * (D == Dtype::f32 ? 4 : 2);
   Vec::I m0 = Vec::izero(), m1 = Vec::izero(), m2 = Vec::izero(), m3 = Vec::izero();
@@ -128,7 +133,7 @@ Vec::I to_steps(const char* p, const Steps& s) {
 
 // Quantises `count` elements into q, padded with zeros to kPad, and returns the sum of q where the layout needs it.
 template <class Isa, Dtype D, bool STATIC>
-int32_t quantize_elements(const char* x, int64_t count, const Steps& s, typename Isa::X* q) {
+PYCOMPRESS_INLINE int32_t quantize_elements(const char* x, int64_t count, const Steps& s, typename Isa::X* q) {
   constexpr int64_t kSize = D == Dtype::f32 ? 4 : 2, kVec = Vec::kLanes * kSize, kStep = 4 * Vec::kLanes;
   Vec::I sum = Vec::izero();
   int64_t i = 0;
@@ -164,7 +169,8 @@ inline RowScale row_scale(const Block& block, float largest) {
 }
 
 template <class Isa, Dtype D>
-void quantize_row(const Block& block, const char* row, float inverse, int64_t r, Pass<typename Isa::X>& pass) {
+PYCOMPRESS_INLINE void quantize_row(const Block& block, const char* row, float inverse, int64_t r,
+                                    Pass<typename Isa::X>& pass) {
   const int64_t k = block.args->k;
   auto* q = pass.rows + r * pass.stride;
   if (inverse == 0.0f) {
@@ -189,9 +195,13 @@ void quantize_row(const Block& block, const char* row, float inverse, int64_t r,
 template <class Isa, Dtype D>
 void quantize_rows(const Block& block, Range rows, Pass<typename Isa::X>& pass) {
   constexpr int kGroup = 8;
+  constexpr int64_t kGroupBytes = 16 * 1024;  // a third of L1: the second look at a row must find it there
   const Args& a = *block.args;
+  const int64_t row_bytes = a.k * dtype_size(a.dtype);
+  // `gathered` holds one row
+  const int64_t group = a.col_stride != 1 ? 1 : at_least(at_most(kGroupBytes / at_least(row_bytes, 1), kGroup), 1);
   for (int64_t m = rows.begin; m < rows.end;) {
-    const int count = a.col_stride == 1 ? int(at_most(kGroup, rows.end - m)) : 1;  // `gathered` holds one row
+    const int count = int(at_most(group, rows.end - m));
     const char* row[kGroup];
     RowScale scale[kGroup];
     for (int i = 0; i < count; ++i) {

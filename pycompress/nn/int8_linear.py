@@ -31,7 +31,7 @@ def _float_weight(linear: nn.Module) -> Tensor:
     weight = getattr(linear, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 2:
         raise ValueError(f"Int8Linear.from_float: expected an nn.Linear, got {type(linear).__name__}")
-    return weight.t() if type(linear).__name__ == "Conv1D" else weight
+    return weight.t() if any(c.__name__ == "Conv1D" for c in type(linear).__mro__) else weight
 
 
 class Int8Linear(nn.Module):
@@ -116,7 +116,9 @@ class Int8Linear(nn.Module):
         module = cls(k, n, bias is not None, mode=mode, activation=activation or "none", backend=backend, device="meta")
         module._weight, module.weight_scale = quantized, scale
         if bias is not None:
-            module.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+            # The kernels take no float64 bias; any other dtype carries over.
+            dtype = torch.float32 if bias.dtype == torch.float64 else bias.dtype
+            module.bias = nn.Parameter(bias.detach().to(dtype, copy=True), requires_grad=bias.requires_grad)
         if qparams is not None:
             module.input_scale = torch.tensor(qparams[0], dtype=torch.float32, device=scale.device)
             module.input_zero_point = torch.tensor(qparams[1], dtype=torch.int32, device=scale.device)
@@ -141,9 +143,9 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not torch.compiler.is_compiling() and is_plain_eager(x):
             plan = self._plan
-            y = None if plan is None else plan.run(x, self._buffers, self._parameters["bias"])
-            if y is None:
-                y = self._run_with_new_plan(x)
+            if plan is None or not plan.is_for(self._buffers, self._parameters["bias"]):
+                plan = self._renew_plan(x)
+            y = None if plan is None else plan.run(x)
             if y is not None:
                 return y
         return torch.ops.pycompress.int8_linear.default(
@@ -158,12 +160,11 @@ class Int8Linear(nn.Module):
             self.backend,
         )
 
-    def _run_with_new_plan(self, x: Tensor) -> Tensor | None:
-        if self.backend == "reference":
-            return None
-        bias = self._parameters["bias"]
-        self._plan = plan = EagerPlan.make(x, self._buffers, bias, self.mode, self.activation)
-        return None if plan is None else plan.run(x, self._buffers, bias)
+    def _renew_plan(self, x: Tensor) -> EagerPlan | None:
+        if self.backend != "reference":
+            bias = self._parameters["bias"]
+            self._plan = EagerPlan.make(x, self._buffers, bias, self.mode, self.activation)
+        return self._plan
 
     # ---- state ------------------------------------------------------------------------------------------------
 
@@ -191,12 +192,12 @@ class Int8Linear(nn.Module):
         self._plan = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
-        scales = {name: self._buffers[name] for name in ("weight_scale", "input_scale")}
+        before = dict(self._buffers)
         super()._apply(fn, recurse)
-        for name, scale in scales.items():
-            moved = self._buffers[name]
-            if scale is not None and moved is not None and moved.dtype != torch.float32:
-                self._buffers[name] = scale.to(moved.device)  # .half() and the like leave the scales alone
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)  # .half(), .type() and the like: integers and scales stay
         self._arrange()
         return self
 
@@ -250,6 +251,9 @@ class Int8Linear(nn.Module):
             if isinstance(weight, Tensor) and weight.is_floating_point():
                 remedy = "; a float checkpoint is loaded into the float model first, then quantize_ converts it"
             errors.append(f"Int8Linear: {prefix}weight is {got}, expected torch.int8 {shape}{remedy}")
+        if (weight is None) != (rest.get(prefix + "weight_scale") is None):
+            there, lacking = ("weight_scale", "weight") if weight is None else ("weight", "weight_scale")
+            errors.append(f"Int8Linear: {prefix}{there} comes without {prefix}{lacking}; they belong together")
         for name in ("weight_scale", "bias", "input_scale", "input_zero_point"):
             own, new = getattr(self, name), rest.get(prefix + name)
             if own is None or new is None:

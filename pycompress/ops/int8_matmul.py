@@ -142,6 +142,8 @@ def check(call: Call) -> None:
     check_options(call.mode, call.activation)
     if x.dtype not in DTYPE_CODES:
         raise ValueError(f"int8_linear: x has dtype {x.dtype}, expected float32, bfloat16 or float16")
+    if x.layout is not torch.strided:
+        raise ValueError(f"int8_linear: x is {x.layout}, expected a dense tensor; use x.to_dense()")
     if x.dim() == 0:
         raise ValueError("int8_linear: x is a scalar, expected (..., K)")
     if scale.dtype != torch.float32 or scale.dim() != 1 or not scale.is_contiguous():
@@ -160,7 +162,8 @@ def check(call: Call) -> None:
         )
     if bias is not None and (bias.shape != scale.shape or bias.dtype not in DTYPE_CODES or not bias.is_contiguous()):
         raise ValueError(
-            f"int8_linear: bias has {bias.dtype} {tuple(bias.shape)}, expected contiguous floating ({scale.shape[0]},)"
+            f"int8_linear: bias has {bias.dtype} {tuple(bias.shape)}, expected contiguous "
+            f"float32, bfloat16 or float16 ({scale.shape[0]},)"
         )
     for name, tensor in (("weight", weight), ("weight_scale", scale), ("bias", bias)):
         if tensor is not None and tensor.device != x.device:

@@ -33,7 +33,7 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     if weight.is_meta:
         raise ValueError("quantize_weight: the weight is on the meta device; load its values first")
     w = weight.detach().to(torch.float32)
-    largest = w.abs().amax(dim=1) if w.shape[1] else w.new_zeros(w.shape[0])
+    largest = torch.maximum(w.amax(dim=1), -w.amin(dim=1)) if w.shape[1] else w.new_zeros(w.shape[0])
     bad = (~largest.isfinite()).nonzero()
     if bad.numel():
         raise ValueError(
@@ -41,7 +41,7 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
             "repair the weight or leave this layer in float"
         )
     scale = (largest / 127.0).clamp_min(SMALLEST_SCALE)
-    return (w / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
+    return (w / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale
 
 
 def pack_weight(weight: Tensor) -> Tensor:
