@@ -17,6 +17,7 @@ const char* isa_name(Isa isa);
 const std::vector<Isa>& available_isas();
 
 // The level in force: PYCOMPRESS_ISA where it is set (read at every call, so that a test can change it), else the best.
+// A weight is packed, and a kernel chosen for it, by the level of that moment.
 // Throws ArgumentError for a name that is unknown or that the CPU lacks.
 Isa selected_isa();
 

@@ -166,6 +166,11 @@ class Int8Linear(nn.Module):
             self._plan = EagerPlan.make(x, self._buffers, bias, self.mode, self.activation)
         return self._plan
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in ("mode", "activation", "backend"):
+            self._plan = None  # made for the old one
+
     # ---- state ------------------------------------------------------------------------------------------------
 
     @property
