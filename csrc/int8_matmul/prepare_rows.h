@@ -73,7 +73,7 @@ struct Pass {
 // Row m of x with its columns adjacent: the caller's memory where it already is so, else gathered.
 inline const char* row_of(const Args& a, int64_t m, char* gathered) {
   const int64_t size = dtype_size(a.dtype);
-  // Mostly there is one level of rows; the divisions would cost a third of quantising a short row.
+  // Mostly there is one level of rows, and no division.
   const int64_t offset =
       m < a.inner_rows ? m * a.row_stride : m / a.inner_rows * a.outer_stride + m % a.inner_rows * a.row_stride;
   const char* row = static_cast<const char*>(a.x) + offset * size;
@@ -195,7 +195,7 @@ PYCOMPRESS_INLINE void quantize_row(const Block& block, const char* row, float i
 template <class Isa, Dtype D>
 void quantize_rows(const Block& block, Range rows, Pass<typename Isa::X>& pass) {
   constexpr int kGroup = 8;
-  constexpr int64_t kGroupBytes = 16 * 1024;  // a third of L1: the second look at a row must find it there
+  constexpr int64_t kGroupBytes = 16 * 1024;  // the second look at a row must find it in L1
   const Args& a = *block.args;
   const int64_t row_bytes = a.k * dtype_size(a.dtype);
   // `gathered` holds one row

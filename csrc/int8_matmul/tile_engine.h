@@ -138,12 +138,13 @@ inline void prefetch_output(const char* y, int64_t ldy_bytes, int rows, int64_t 
   }
 }
 
-// Tile t's share of the next panel: an equal part for each of the first four tiles. A step of a tile reads 256 bytes
-// of its own panel (Layout), so that the shares of t tiles take 256 / t bytes a step.
-inline Fetch fetch_next_panel(const Panel& panel, int64_t panel_bytes, int64_t t, int64_t tiles) {
+// Tile t's share of the next panel: an equal part for each of the first four tiles, spread over its steps.
+template <class Isa>
+Fetch fetch_next_panel(const Panel& panel, int64_t panel_bytes, int64_t t, int64_t tiles) {
+  constexpr int64_t kStep = Isa::kBytes * Isa::kVectors;  // bytes of its own panel that a step of a tile reads
   const int64_t shares = at_most(tiles, 4);
   if (shares < 2 || t >= shares) return {panel.w, 0};
-  return {panel.w + panel_bytes + t * panel_bytes / shares, 256 / shares};
+  return {panel.w + panel_bytes + t * panel_bytes / shares, kStep / shares};
 }
 
 // Multiplies the prepared rows with every panel of the block.
@@ -173,7 +174,7 @@ void multiply(const Block& block, Range rows, const Pass<Element>& pass) {
     for (int64_t t = 0; t < tiles; ++t) {
       const Range part = split(count, tiles, t);  // 16 rows are 6 + 5 + 5: no tile is left with a row or two
       const int tile_rows = int(part.end - part.begin);
-      panel.fetch = fetch_next_panel(panel, width * padded_k, t, tiles);
+      panel.fetch = fetch_next_panel<Isa>(panel, width * padded_k, t, tiles);
       if (!streams || p + 1 == block.panels.end) panel.fetch = {panel.w, 0};
       char* y = static_cast<char*>(a.y) + ((rows.begin + part.begin) * a.ldy + first) * size;
       prefetch_output(y, a.ldy * size, tile_rows, panel.columns * size);
