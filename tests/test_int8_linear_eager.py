@@ -247,3 +247,50 @@ def test_options_may_change() -> None:
             y = module(x)
             assert torch.equal(y, through_op(module, x))
             assert name == "backend" or not torch.equal(y, before)
+
+
+def test_recycled_memory_is_noticed(fast: list[bool]) -> None:
+    """Memory freed through .data may come back as another tensor's, at the same address."""
+    module, x = make("dynamic").requires_grad_(False), torch.randn(3, 96)
+    module(x)
+    for _ in range(50):
+        assert module.bias is not None
+        module.bias.data = torch.empty(0)
+        module.bias.data = torch.randn(40).half()
+        assert torch.equal(module(x), through_op(module, x))
+
+
+def test_wrong_k_does_not_spoil_the_plan(fast: list[bool]) -> None:
+    module = make("dynamic").requires_grad_(False)
+    with pytest.raises(ValueError, match="x has K=95 but weight has K=96"):
+        module(torch.randn(2, 95))
+    fast.clear()
+    module(torch.randn(2, 96))
+    assert fast == [True]
+
+
+def test_unknown_backend_set_later_raises() -> None:
+    module, x = make("dynamic"), torch.randn(2, 96)
+    module(x)
+    module.backend = "bogus"
+    with torch.no_grad(), pytest.raises(ValueError, match="backend='bogus', expected one of auto"):
+        module(x)
+
+
+def test_torch_without_the_private_questions(monkeypatch: pytest.MonkeyPatch, fast: list[bool]) -> None:
+    module, x = make("dynamic").requires_grad_(False), torch.randn(2, 96)
+    expected = module(x)
+    monkeypatch.setattr("pycompress.ops.int8_matmul_eager._CAN_ASK", False)
+    fast.clear()
+    assert torch.equal(module(x), expected)
+    assert fast == []
+
+
+def test_to_empty_and_double() -> None:
+    module, x = make("dynamic"), torch.randn(2, 96)
+    state = module.state_dict()
+    expected = module(x)
+    module.to_empty(device="cpu")
+    assert module.state_dict()["weight"].shape == (40, 96)
+    module.load_state_dict(state)
+    assert torch.equal(module.double()(x), expected)

@@ -187,3 +187,19 @@ def test_python_threads() -> None:
     loader.join()
     torch.set_num_threads(before)
     assert wrong == []
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
+def test_second_order_gradient(activation: str) -> None:
+    """Of the float layer with the same weight, through the activation: weight_only, where nothing is rounded."""
+    module = make("weight_only", activation=activation)
+    exact = module.to_float()
+    x = torch.randn(5, 96)
+
+    def penalty(layer: nn.Module) -> Tensor:
+        v = x.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(layer(v).square().sum(), v, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), v)[0]
+
+    expected = penalty(exact)
+    assert ((penalty(module) - expected).norm() / expected.norm()).item() < 1e-4

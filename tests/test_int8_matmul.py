@@ -353,3 +353,19 @@ def test_named_backend_never_falls_back() -> None:
     meta = [t.to("meta") for t in (X, W, S)]
     with pytest.raises(ValueError, match="backend='native' cannot run this: x is on meta"):
         pick("native", Call(*meta, None, "dynamic", None, None, "none"))
+
+
+def test_empty_isa_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = ops.pack_weight(W)
+    best = ops.kernel_name(packed)
+    monkeypatch.setenv("PYCOMPRESS_ISA", "")
+    assert ops.kernel_name(packed) == best
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu"])
+def test_activations_far_out(isa: str, activation: str) -> None:
+    values = torch.tensor([-3e38, -1e30, -1e9, -500.0, 500.0, 1e9, 1e30])
+    y = ops.int8_linear(
+        torch.zeros(1, 0), torch.zeros(7, 0, dtype=torch.int8), torch.ones(7), values, activation=activation
+    )
+    torch.testing.assert_close(y[0], values.clamp_min(0), rtol=1e-6, atol=1e-30)

@@ -12,7 +12,7 @@
 namespace pycompress {
 namespace {
 
-constexpr Isa kBestFirst[] = {Isa::avx512vnni, Isa::avx512, Isa::avxvnni, Isa::avx2, Isa::scalar};
+constexpr Isa kBestFirst[] = {Isa::avx512vnni, Isa::avxvnni, Isa::avx512, Isa::avx2, Isa::scalar};
 
 #if defined(__x86_64__) || defined(__i386__)
 
@@ -72,6 +72,12 @@ std::vector<std::string> read_cpu_features() { return {}; }
 
 #endif
 
+// PYCOMPRESS_ISA, or null where it is unset or empty.
+const char* forced_name() {
+  const char* name = std::getenv("PYCOMPRESS_ISA");
+  return name == nullptr || *name == '\0' ? nullptr : name;
+}
+
 bool built_with(Isa isa) {
   switch (isa) {
     case Isa::scalar: return true;
@@ -115,8 +121,8 @@ const std::vector<Isa>& available_isas() {
 }
 
 Isa selected_isa() {
-  const char* wanted = std::getenv("PYCOMPRESS_ISA");
-  if (wanted == nullptr || *wanted == '\0') return available_isas().front();
+  const char* wanted = forced_name();
+  if (wanted == nullptr) return available_isas().front();
   std::string have;
   for (Isa isa : available_isas()) {
     if (std::string(wanted) == isa_name(isa)) return isa;
@@ -134,7 +140,7 @@ bool isa_usable(Isa needed) {
   const auto& available = available_isas();
   if (std::find(available.begin(), available.end(), needed) == available.end()) return false;
   const Isa forced = selected_isa();
-  if (std::getenv("PYCOMPRESS_ISA") == nullptr || needed == Isa::scalar || needed == forced) return true;
+  if (forced_name() == nullptr || needed == Isa::scalar || needed == forced) return true;
   switch (forced) {
     case Isa::avxvnni: return needed == Isa::avx2;
     case Isa::avx512: return needed == Isa::avx2;

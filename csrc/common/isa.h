@@ -25,7 +25,7 @@ Isa selected_isa();
 // level that includes it.
 bool isa_usable(Isa needed);
 
-// What the CPU says of itself, for reports: e.g. {"avx2", "fma", "avx512f", "avx512_bf16", ...}.
+// What the CPU says of itself, for reports: e.g. {"avx2", "fma", "avx512f", "avx512bf16", ...}.
 std::vector<std::string> cpu_features();
 
 }  // namespace pycompress

@@ -7,9 +7,10 @@
 namespace pycompress {
 namespace {
 
-// exp(x), relative error below 2e-7 for x in [-87.3, 88.7]; x is clamped to that range, NaN stays NaN.
+// exp(x), relative error below 2e-7 for x in [-87.3, 88.3]. Below, x is taken as -87.3; above, the result becomes
+// infinity, from 89 on everywhere. NaN stays NaN.
 inline Vec::F vexp(Vec::F x) {
-  x = Vec::min(Vec::set1(88.7f), Vec::max(Vec::set1(-87.3f), x));
+  x = Vec::min(Vec::set1(89.0f), Vec::max(Vec::set1(-87.3f), x));
   const Vec::F n = Vec::round(Vec::mul(x, Vec::set1(1.44269504f)));
   Vec::F r = Vec::fnma(n, Vec::set1(0.693359375f), x);  // ln 2 in two parts; the first product is exact
   r = Vec::fnma(n, Vec::set1(-2.12194440e-4f), r);

@@ -86,10 +86,11 @@ void run_rows(const Block& block, Range rows) {
   const int nr = block.weight.layout->nr;
   const int64_t n_end = block.panels.end * nr < a.n ? block.panels.end * nr : a.n;
   for (int64_t n = block.panels.begin * nr; n < n_end; ++n) {
-    const auto* w = reinterpret_cast<const int8_t*>(block.weight.panels + n * a.k);
-    if (block.weight.layout->id != kRowMajor.id) {
+    const int8_t* w = foreign;
+    if (block.weight.layout->id == kRowMajor.id) {
+      w = reinterpret_cast<const int8_t*>(block.weight.panels + n * a.k);
+    } else {
       unpack_row(block.weight, n, foreign);
-      w = foreign;
     }
     for (int64_t m = rows.begin; m < rows.end; ++m) {
       const int64_t i = m - rows.begin;

@@ -117,7 +117,7 @@ double read_rate(const Loops& loops, int threads, double seconds, int64_t bytes)
 
 }  // namespace
 
-const Loops kScalarLoops{Isa::scalar, burn_scalar<int32_t>, burn_scalar<float>, nullptr, read_scalar};
+const Loops kScalarLoops{Isa::scalar, burn_scalar<uint32_t>, burn_scalar<float>, nullptr, read_scalar};
 
 Rates measure(int threads, double seconds, int64_t buffer_bytes) {
   check(threads >= 1, "peaks: threads=", threads, ", expected at least 1");

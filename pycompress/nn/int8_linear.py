@@ -34,6 +34,17 @@ def _float_weight(linear: nn.Module) -> Tensor:
     return weight.t() if any(c.__name__ == "Conv1D" for c in type(linear).__mro__) else weight
 
 
+def _opens(weight: Tensor | None) -> bool:
+    """Whether this is a weight: plain, or packed on the CPU with a sound header."""
+    if weight is None or weight.dtype != torch.uint8 or weight.device.type != "cpu":
+        return weight is not None
+    try:
+        ops.kernel_name(weight)
+    except ValueError:
+        return False
+    return True
+
+
 class Int8Linear(nn.Module):
     """``y = act(x @ weight^T + bias)`` with an int8 weight, one scale an output row.
 
@@ -126,7 +137,10 @@ class Int8Linear(nn.Module):
         return module.train(linear.training)
 
     def to_float(self) -> nn.Module:
-        """The ``nn.Linear`` with the dequantised weight; followed by the fused activation in an ``nn.Sequential``."""
+        """The ``nn.Linear`` with the dequantised weight, in the bias's dtype (float32 without one).
+
+        A fused activation follows it, in an ``nn.Sequential``.
+        """
         dtype = torch.float32 if self.bias is None else self.bias.dtype
         linear = nn.Linear(
             self.in_features, self.out_features, self.bias is not None, device=self.weight_scale.device, dtype=dtype
@@ -134,7 +148,7 @@ class Int8Linear(nn.Module):
         with torch.no_grad():
             linear.weight.copy_(self._plain_weight().float() * self.weight_scale[:, None])
             if self.bias is not None:
-                linear.bias.copy_(self.bias)
+                linear.bias.copy_(self.bias).requires_grad_(self.bias.requires_grad)
         linear.train(self.training)
         if self.activation == "none":
             return linear
@@ -161,6 +175,7 @@ class Int8Linear(nn.Module):
         )
 
     def _renew_plan(self, x: Tensor) -> EagerPlan | None:
+        check_options(self.mode, self.activation, self.backend)
         if self.backend != "reference":
             bias = self._parameters["bias"]
             self._plan = EagerPlan.make(x, self._buffers, bias, self.mode, self.activation)
@@ -203,6 +218,11 @@ class Int8Linear(nn.Module):
             new = self._buffers[name]
             if old is not None and new is not None and new.dtype != old.dtype:
                 self._buffers[name] = old.to(new.device)  # .half(), .type() and the like: integers and scales stay
+        if self.bias is not None and self.bias.dtype == torch.float64:
+            self.bias.data = self.bias.data.float()  # the kernels take none
+        if _opens(before["_weight"]) and not _opens(self._weight):  # to_empty(): new memory, without the values
+            shape = (self.out_features, self.in_features)
+            self._weight = torch.zeros(shape, dtype=torch.int8, device=self._weight.device)
         self._arrange()
         return self
 

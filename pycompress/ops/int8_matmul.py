@@ -26,7 +26,7 @@ from pycompress import (
     _C,
     _native,  # noqa: F401  (loads torch's OpenMP before the compiled module)
 )
-from pycompress.ops.int8_matmul_reference import Call, apply_activation, reference_int8_linear
+from pycompress.ops.int8_matmul_reference import Call, reference_int8_linear
 from pycompress.ops.int8_matmul_weight import aligned, pack_weight, unpack_weight
 
 MODES = ("dynamic", "static", "weight_only")
@@ -234,20 +234,35 @@ def _fake(
     return x.new_empty((*x.shape[:-1], weight_scale.shape[0]))
 
 
+_AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
+
+
 def _autocast(x: Tensor, *args: object, **kwargs: object) -> Tensor:
-    """As ``nn.Linear`` under autocast: x goes to the autocast dtype. Scales and bias stay as they are."""
+    """As ``nn.Linear`` under autocast: x goes to the autocast dtype, float64 excepted. Scales and bias stay."""
     device = x.device.type
-    key = torch._C.DispatchKey.AutocastCPU if device == "cpu" else torch._C.DispatchKey.AutocastCUDA
-    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-        return torch.ops.pycompress.int8_linear.default(
-            x.to(torch.get_autocast_dtype(device)) if x.is_floating_point() else x, *args, **kwargs
-        )
+    if device in ("cpu", "cuda") and x.dtype in DTYPE_CODES:
+        x = x.to(torch.get_autocast_dtype(device))
+    with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+        return torch.ops.pycompress.int8_linear.default(x, *args, **kwargs)
 
 
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
     x, weight, weight_scale, bias, mode, input_scale, input_zero_point, activation, backend = inputs
     ctx.save_for_backward(x, weight, weight_scale, bias, input_scale, input_zero_point)
     ctx.options = (mode, activation, backend)  # type: ignore[attr-defined]
+
+
+def _activation_backward(grad: Tensor, before: Tensor, activation: str) -> Tensor:
+    """In formulas that are differentiable in their turn."""
+    aten = torch.ops.aten
+    if activation == "relu":
+        return aten.threshold_backward(grad, before, 0)
+    if activation == "silu":
+        gate = torch.sigmoid(before)
+        return grad * gate * (1 + before * (1 - gate))
+    return aten.gelu_backward(grad, before, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
 def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -258,9 +273,7 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[T
         before = torch.ops.pycompress.int8_linear.default(
             x, weight, weight_scale, bias, mode, input_scale, input_zero_point, "none", backend
         )
-        with torch.enable_grad():
-            z = before.detach().requires_grad_()
-            grad = torch.autograd.grad(apply_activation(z, activation), z, grad)[0]
+        grad = _activation_backward(grad, before, activation)
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
         if weight.dtype == torch.uint8:

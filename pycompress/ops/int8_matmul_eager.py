@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from pycompress import _C
 from pycompress.ops.int8_matmul import DTYPE_CODES, check, native_plan
 from pycompress.ops.int8_matmul_reference import Call
 from pycompress.ops.int8_matmul_weight import ALIGNMENT
@@ -18,11 +19,7 @@ from pycompress.ops.int8_matmul_weight import ALIGNMENT
 _AUTOCAST_CPU = torch._C.DispatchKey.AutocastCPU
 
 
-def is_plain_eager(x: Tensor) -> bool:
-    """Whether nothing would see a call on x but the kernel: no gradient, mode, tracer, transform or profiler.
-
-    ``torch.compiler.is_compiling()`` is the caller's to ask, so that the compiler can fold it.
-    """
+def _is_plain_eager(x: Tensor) -> bool:
     return (
         type(x) is Tensor
         and not (x.requires_grad and torch.is_grad_enabled())
@@ -36,6 +33,28 @@ def is_plain_eager(x: Tensor) -> bool:
     )
 
 
+# What a torch must have for the question to be answered; without it every call takes the operator.
+_ASKED = (
+    (torch._C, "_len_torch_dispatch_stack"),
+    (torch._C, "_is_torch_function_mode_enabled"),
+    (torch._C, "_dispatch_tls_is_dispatch_key_excluded"),
+    (torch._C, "_get_tracing_state"),
+    (torch._C._functorch, "peek_interpreter_stack"),
+    (torch.autograd.forward_ad, "_current_level"),
+    (torch.autograd.profiler, "_is_profiler_enabled"),
+)
+_CAN_ASK = all(hasattr(owner, name) for owner, name in _ASKED)
+
+
+def is_plain_eager(x: Tensor) -> bool:
+    """Whether nothing would see a call on x but the kernel: no gradient, mode, tracer, transform or profiler.
+
+    ``torch.compiler.is_compiling()`` is the caller's to ask, so that the compiler can fold it. False on a torch that
+    lacks one of the (private) questions asked.
+    """
+    return _CAN_ASK and _is_plain_eager(x)
+
+
 class EagerPlan:
     """A layer's tensors, checked once.
 
@@ -44,13 +63,15 @@ class EagerPlan:
     :meth:`is_for` first.
     """
 
-    __slots__ = ("_addresses", "_k", "_n", "_native", "_tensors")
+    __slots__ = ("_addresses", "_held", "_k", "_n", "_native", "_tensors")
 
     def __init__(self, call: Call) -> None:
         check(call)
         self._tensors = (call.weight, call.weight_scale, call.bias, call.input_scale, call.input_zero_point)
-        self._addresses = tuple(t.data_ptr() for t in self._tensors if t is not None)
-        self._n, self._k = call.weight_scale.shape[0], call.x.shape[-1]
+        # Held, so that no other tensor can come to lie at these addresses while the plan compares them.
+        self._held = tuple(t.detach() for t in self._tensors if t is not None)
+        self._addresses = tuple(t.data_ptr() for t in self._held)
+        self._n, self._k = _C.int8_packed_shape(call.weight.data_ptr(), call.weight.numel())
         self._native = native_plan(call, call.weight)
 
     @classmethod
@@ -64,6 +85,8 @@ class EagerPlan:
         if x.layout is not torch.strided or weight.dtype != torch.uint8 or weight.data_ptr() % ALIGNMENT != 0:
             return None
         statics = buffers["input_scale"], buffers["input_zero_point"]
+        if x.dim() == 0 or _C.int8_packed_shape(weight.data_ptr(), weight.numel()) != (scale.numel(), x.shape[-1]):
+            return None
         return cls(Call(x, weight, scale, bias, mode, *statics, activation))
 
     def is_for(self, buffers: Mapping[str, Tensor | None], bias: Tensor | None) -> bool:
