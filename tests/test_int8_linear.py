@@ -363,7 +363,8 @@ def test_casts_leave_int8_and_scales_alone(cast: str) -> None:
     x = torch.randn(3, 96).to(dtype if dtype != torch.float64 else torch.float32)
     model[0](x)
     after = tensors(function(model)[0])  # type: ignore[index]
-    assert after.pop("bias").dtype == (torch.float32 if dtype == torch.float64 else dtype)  # the kernels take no float64
+    # the kernels take no float64 bias
+    assert after.pop("bias").dtype == (torch.float32 if dtype == torch.float64 else dtype)
     before.pop("bias")
     assert_same(before, after)
     if dtype != torch.float64:
