@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from pycompress.selection import HOOKS, Layer, ModuleMap, relative_name
-from pycompress.tracing import Shadow, Traces
+from pycompress.tracing import Shadow, Traces, last_attribute, methods_of
 
 # Classes of transformers.activations, by name because transformers may be absent. The four tanh forms are one
 # function, written differently. QuickGELU is another function (x * sigmoid(1.702 x)) and stays out.
@@ -103,7 +103,7 @@ def plan_fusions(modules: ModuleMap, layers: Iterable[Layer], shadow: Shadow) ->
             activations.setdefault(owner, []).append(module)
     for owner, group in groups.items():
         if _is_transformer_layer(owner):
-            _plan_transformer_layer(modules, owner, group, plan)
+            _plan_transformer_layer(modules, owner, group, shadow, plan)
         elif owner in activations:
             _plan_owner(modules, owner, group, activations[owner], shadow, plan)
         else:
@@ -194,36 +194,42 @@ def _why_not_module(modules: ModuleMap, activation: nn.Module) -> str:
 
 
 def _other_method(owner: nn.Module, linear: str, activation: str) -> str:
-    """A method beside forward that uses one of the two alone, as `encode` of an auto-encoder may."""
-    linear_key, activation_key = linear.partition(".")[0], activation.partition(".")[0]
-    for kind in type(owner).__mro__:
-        if kind is nn.Module:
-            break
-        for name, function in vars(kind).items():
-            function = getattr(function, "__wrapped__", getattr(function, "__func__", function))
-            # Initialisers name the layer to fill it; they do not call it.
-            if not isinstance(function, types.FunctionType) or "init" in name or "reset" in name:
-                continue
-            used = _names_in(function.__code__)
-            if (linear_key in used) != (activation_key in used):
-                return f"{kind.__name__}.{name} uses one of them without the other"
+    """A method beside forward that may use one of the two alone, as `encode` of an auto-encoder does.
+
+    A method is trusted where it names both by attributes of their own and forward calls it.
+    """
+    methods = methods_of(owner)
+    by_forward = frozenset[str]().union(*(m.names for m in methods if m.name == "forward"))
+    indexed = last_attribute(linear) == last_attribute(activation)
+    indexed = indexed or any(path.rpartition(".")[2].isdigit() for path in (linear, activation))
+    for method in methods:
+        if method.name != "forward":
+            reached = [method.may_reach(path) for path in (linear, activation)]
+            if any(reached) and indexed:
+                return f"{method.label} may use one of them without the other"
+            if any(reached) and not all(reached):
+                return f"{method.label} uses one of them without the other"
+            if all(reached) and method.name not in by_forward:
+                return f"{method.label} uses them too"
     return ""
 
 
-def _names_in(code: types.CodeType) -> set[str]:
-    inner = [_names_in(const) for const in code.co_consts if isinstance(const, types.CodeType)]
-    return set(code.co_names).union(*inner)
-
-
 def _called_from_above(modules: ModuleMap, owner: nn.Module, pair: tuple[nn.Module, ...], shadow: Shadow) -> str:
-    """A module above that calls one of the pair itself, as feature extractors loop over an nn.Sequential."""
+    """A module above that may use one of the pair itself, as feature extractors loop over an nn.Sequential."""
     for above in modules.ancestors(owner):
-        name = modules.names[above][0]
-        for module in pair:
-            reach = {n[len(name) + 1 :] if name else n for n in modules.names[module]}
-            glance = shadow.glance(name)
-            if any(glance.calls(path) or glance.passes_on(path) for path in reach):
-                return f"{type(above).__name__}.forward uses one of them by itself"
+        kind, name, methods = type(above).__name__, modules.names[above][0], methods_of(above)
+        for path in sorted({path for module in pair for path in modules.paths(above, module)}):
+            reaching = [method for method in methods if method.may_reach(path)]
+            for method in reaching:
+                if method.name != "forward":
+                    return f"{method.label} may use one of them by itself"
+            traces = shadow.explore(name) if reaching else shadow.glance(name)
+            if reaching and traces.failure:
+                return f"{kind}.forward may use one of them by itself; it cannot be traced: {traces.failure}"
+            parts = path.split(".")
+            ways = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
+            if traces.calls(path) or any(traces.passes_on(way) for way in ways):
+                return f"{kind}.forward uses one of them by itself"
     return ""
 
 
@@ -263,21 +269,29 @@ def _patched(owner: nn.Module) -> bool:
     return "_ff_block" in owner.__dict__ or "forward" in owner.__dict__
 
 
-def _plan_transformer_layer(modules: ModuleMap, owner: nn.Module, group: list[Layer], plan: FusionPlan) -> None:
+def _plan_transformer_layer(
+    modules: ModuleMap, owner: nn.Module, group: list[Layer], shadow: Shadow, plan: FusionPlan
+) -> None:
     layer = next((layer for layer in group if layer.module is owner.linear1), None)
     if layer is None:
         return
     activation = owner.activation
     name = activation_name(activation)
-    if isinstance(activation, nn.Module):
+    if name is None:
+        return
+    pair = (layer.module, activation) if isinstance(activation, nn.Module) else (layer.module,)
+    why_not = _other_method(owner, "linear1", "activation") or _called_from_above(modules, owner, pair, shadow)
+    if why_not:
+        plan.notes[layer.module] = f"activation not folded in: {why_not}"
+    elif isinstance(activation, nn.Module):
         if len(modules.slots[activation]) > 1:
             plan.notes[layer.module] = "activation not folded in: it is registered in more than one place"
         elif why_not := _why_not_module(modules, activation):
             plan.notes[layer.module] = f"activation not folded in: {why_not}"
-        elif name is not None:
+        else:
             stand_in = nn.Identity().train(activation.training)
             plan.fusions[layer.module] = Fusion(name, Edit(owner._modules, "activation", stand_in))
-    elif name is not None:
+    else:
         plan.fusions[layer.module] = Fusion(name, Edit(owner.__dict__, "activation", identity))
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from pycompress.nn import Int8Linear
-from pycompress.tracing import Shadow
+from pycompress.tracing import Shadow, last_attribute, methods_of
 
 Slot = tuple[nn.Module, str]  # (parent, key): parent._modules[key] is the module
 FilterFn = Callable[[str, nn.Module], bool]
@@ -91,6 +91,11 @@ class ModuleMap:
             found.update(dict.fromkeys(above))
             queue.extend(above)
         return list(found)
+
+    def paths(self, above: nn.Module, module: nn.Module) -> list[str]:
+        """Every name of `module` seen from `above`."""
+        prefixes = [f"{name}." if name else "" for name in self.names[above]]
+        return list({n[len(p) :]: None for p in prefixes for n in self.names[module] if n.startswith(p)})
 
 
 def _walk(module: nn.Module, name: str, path: tuple[nn.Module, ...]) -> Iterator[tuple[str, nn.Module]]:
@@ -268,15 +273,19 @@ def _tied_reason(module: nn.Module, owners: dict[tuple[object, ...], list[tuple[
 
 
 def _weight_read_reason(module: nn.Module, modules: ModuleMap, shadow: Shadow) -> str:
-    """Whether the forward around the layer reads its weight itself, as torchvision's Swin attention does."""
-    owner = modules.owner(module)
-    if owner is None:
-        return ""
-    path = relative_name(modules, owner, module)
-    traces = shadow.glance(modules.names[owner][0])
-    for key in ("weight", "bias"):
-        if traces.reads(f"{path}.{key}"):
-            return f"{type(owner).__name__}.forward reads its {key} directly"
+    """Whether a module above reads the layer's weight itself, as torchvision's Swin attention does.
+
+    Seen are reads in its forward, and in the code of any method those through the layer's attribute.
+    """
+    for above in modules.ancestors(module):
+        traces, methods = shadow.glance(modules.names[above][0]), methods_of(above)
+        for path in modules.paths(above, module):
+            for key in ("weight", "bias"):
+                if traces.reads(f"{path}.{key}"):
+                    return f"{type(above).__name__}.forward reads its {key} directly"
+            for method in methods:
+                if last_attribute(path) in method.tensors_of:
+                    return f"{method.label} reads its weight or bias directly"
     return ""
 
 

@@ -3,19 +3,23 @@
 A shadow is a copy of the model that shares nothing with it: parameters and buffers are on the meta device,
 python state is deep-copied. torch.fx runs the forward of the shadow with symbolic tensors and every child as
 a leaf. A branch on a symbolic value is followed both ways, so that what holds on every path holds for every
-input.
+input. Methods other than forward are never run (they may write files); of these only the names in their code
+are known.
 """
 
 from __future__ import annotations
 
 import copy
 import dis
+import functools
 import inspect
 import itertools
 import random
+import re
+import types
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,16 +63,19 @@ class Shadow:
         self._copy: nn.Module | None = None
         self._whole_failed = ""
         self._glances: dict[str, Traces] = {}
+        self._explored: dict[str, Traces] = {}
 
     def glance(self, name: str) -> Traces:
-        """One path only (eval, arguments at their defaults): enough to see what a forward touches."""
+        """Four paths only (eval; defaulted arguments left out or given; branches all skipped or all taken)."""
         if name not in self._glances:
             self._glances[name] = self._trace(name, _glance)
         return self._glances[name]
 
     def explore(self, name: str) -> Traces:
         """Every path, in training and in eval, each defaulted argument both given and left out."""
-        return self._trace(name, _explore)
+        if name not in self._explored:
+            self._explored[name] = self._trace(name, _explore)
+        return self._explored[name]
 
     def _trace(self, name: str, follow: Callable[[Traces], None]) -> Traces:
         try:
@@ -122,7 +129,10 @@ def _isolated() -> Iterator[None]:
 
 
 def _glance(traces: Traces) -> None:
-    _run(traces, training=False, given=frozenset(), decisions=[], explore=False)
+    choices = _argument_choices(type(traces.root))
+    for given in dict.fromkeys((frozenset[str](), max(choices, key=len))):
+        for decisions in ([], [True] * MAX_BRANCHES):
+            _run(traces, training=False, given=given, decisions=decisions, explore=False)
 
 
 def _explore(traces: Traces) -> None:
@@ -252,3 +262,100 @@ class _PathTracer(fx.Tracer):
             return root_fn(*args, **kwargs)
 
         return forward, args
+
+
+# --- methods that are not run: the names in their code ---
+
+# Methods that fill, save, load or print weights name a layer without computing with it.
+_BOOKKEEPING = re.compile(r"(^|_)(init|initiali[sz]e|reset|state_dict|repr|getstate|setstate|deepcopy)(_|$)")
+_WALKERS = frozenset(("children", "named_children", "_modules"))
+
+
+@dataclass(frozen=True)
+class Method:
+    name: str
+    label: str  # Class.name
+    names: frozenset[str]  # attributes, globals and string constants, those of inner functions included
+    tensors_of: frozenset[str]  # each `a` whose x.a.weight, x.a.bias or x.a[0].weight it reads; '' for x[0].weight
+
+    def may_reach(self, path: str) -> bool:
+        """Whether it could get at the module `path` below its own; a plain index could be anything."""
+        attribute = last_attribute(path)
+        return not attribute or attribute in self.names or not _WALKERS.isdisjoint(self.names)
+
+
+def last_attribute(path: str) -> str:
+    """What code that reaches `path` has to name: 'net' of 'net.0'; empty for '0' (self[0])."""
+    return next((part for part in reversed(path.split(".")) if not part.isdigit()), "")
+
+
+def methods_of(module: nn.Module) -> list[Method]:
+    """The methods that may compute something, forward included; those of torch's own classes are known."""
+    found = [method for kind in type(module).__mro__ for method in _methods_of_class(kind)]
+    bound = ((k, v) for k, v in module.__dict__.items() if k == "forward" or isinstance(v, types.MethodType))
+    return found + [_method(key, f"the instance's {key}", value) for key, value in bound]
+
+
+@functools.lru_cache(maxsize=512)
+def _methods_of_class(kind: type) -> tuple[Method, ...]:
+    if kind is object or kind.__module__.startswith("torch.nn."):
+        return ()
+    only_forward = kind.__module__.startswith("torch.")
+    return tuple(
+        _method(name, f"{kind.__name__}.{name}", value)
+        for name, value in vars(kind).items()
+        if (name == "forward" or not only_forward) and not _BOOKKEEPING.search(name) and any(_functions(value))
+    )
+
+
+def _method(name: str, label: str, value: object) -> Method:
+    codes = [code for function in _functions(value) for code in _codes(function.__code__)]
+    names = frozenset(name for code in codes for name in _names_in(code))
+    return Method(name, label, names, frozenset(name for code in codes for name in _tensors_in(code)))
+
+
+def _functions(value: object, depth: int = 5) -> Iterator[types.FunctionType]:
+    """The functions behind a method, a property or a decorated one."""
+    parts: list[object] = []
+    if isinstance(value, types.FunctionType):
+        yield value
+        parts = [getattr(value, "__wrapped__", None)]
+        for cell in value.__closure__ or ():
+            with suppress(ValueError):  # an empty cell
+                parts.append(cell.cell_contents)
+    elif isinstance(value, property):
+        parts = [value.fget]
+    elif isinstance(value, (staticmethod, classmethod, types.MethodType)):
+        parts = [value.__func__]
+    elif isinstance(value, (functools.partial, functools.partialmethod, functools.cached_property)):
+        parts = [value.func]
+    for part in parts if depth else ():
+        yield from _functions(part, depth - 1)
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for const in code.co_consts:
+        if isinstance(const, types.CodeType):
+            yield from _codes(const)
+
+
+def _names_in(code: types.CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for const in code.co_consts:
+        yield from (text for text in (const if isinstance(const, tuple) else (const,)) if isinstance(text, str))
+
+
+def _tensors_in(code: types.CodeType) -> Iterator[str]:
+    if "int8" in code.co_names:  # it asks for torch.int8 before it reads, as T5 does
+        return
+    steps = list(dis.get_instructions(code))
+    for i, step in enumerate(steps):
+        if step.opname == "LOAD_ATTR" and step.argval in ("weight", "bias"):
+            at = i - 1
+            while at > 2 and (steps[at].opname == "BINARY_SUBSCR" or steps[at].argrepr == "[]"):
+                at -= 2  # the subscript and its index
+            if steps[at].opname == "LOAD_ATTR":
+                yield str(steps[at].argval)
+            elif at < i - 1:
+                yield ""  # self[0].weight

@@ -265,6 +265,85 @@ def test_weight_read_by_the_forward_around_is_left():
     assert isinstance(model[0].project, Int8Linear)
 
 
+class Readers:
+    """Ways to read a weight past its layer."""
+
+    class Base(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.dec = nn.Linear(16, 16), nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+
+        def forward(self, x):
+            return self.fc(self.dec(x))
+
+    class FromAbove(Base):
+        def forward(self, x):
+            return nn.functional.linear(self.fc(self.dec(x)), self.dec[1].weight)
+
+    class LoopFromAbove(Base):
+        def forward(self, x):
+            for layer in self.dec:
+                x = nn.functional.linear(x, layer.weight)
+            return self.fc(x)
+
+    class OnRequest(Base):
+        def forward(self, x, tie=False):
+            y = self.fc(self.dec(x))
+            fc = self.fc
+            return nn.functional.linear(y, fc.weight) if tie else y
+
+    class OnData(Base):
+        def forward(self, x):
+            y = self.fc(self.dec(x))
+            return nn.functional.linear(y, self.fc.weight) if y.sum() > 1e9 else y
+
+    class Penalty(Base):
+        def penalty(self):
+            return self.fc.weight.abs().sum()
+
+    class Itself(nn.Sequential):
+        def penalty(self):
+            return self[0].weight.abs().sum()
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "why"),
+    [
+        (Readers.FromAbove(), "dec.1", "FromAbove.forward reads its weight directly"),
+        (Readers.LoopFromAbove(), "dec.0", "LoopFromAbove.forward reads its weight directly"),
+        (Readers.OnRequest(), "fc", "OnRequest.forward reads its weight directly"),
+        (Readers.OnData(), "fc", "OnData.forward reads its weight directly"),
+        (Readers.Penalty(), "fc", "Penalty.penalty reads its weight or bias directly"),
+        (nn.ModuleDict({"a": Readers.Penalty()}), "a.fc", "Penalty.penalty reads its weight or bias directly"),
+        (Readers.Itself(nn.Linear(16, 16)), "0", "Itself.penalty reads its weight or bias directly"),
+    ],
+)
+def test_weight_read_elsewhere_is_left(model, name, why):
+    report = pycompress.quantize_(model)
+    assert reason(report, name) == why
+    swapped = {layer.name for layer in report.swapped}
+    assert (not swapped) == isinstance(model, Readers.Itself)
+
+
+def test_weight_set_by_an_initialiser_or_named_alike_is_swapped():
+    class Ordinary(Readers.Base):
+        def __init__(self):
+            super().__init__()
+            self.fc.weight.data.zero_()
+            self.linear = nn.Linear(16, 16)
+
+        def _init_weights(self, module):
+            self.fc.weight.data.normal_()
+
+        def forward(self, x):
+            return self.linear(self.fc(self.dec(x)))
+
+        def other(self, x, layer):
+            return nn.functional.linear(x, layer.weight)
+
+    assert len(pycompress.quantize_(Ordinary()).swapped) == 4
+
+
 class Adapter(nn.Module):
     """As LoRA: the input is cast to the dtype of the weight."""
 
@@ -417,6 +496,7 @@ def test_hugging_face(make, fused):
     ids = torch.randint(0, 90, (2, 7))
     quantised, report = assert_exact(model, ids, min_swapped=8)
     assert [layer.activation for layer in report.fused] == [fused] * 2
+    assert {layer.name for layer in report.left} <= {"lm_head"}, report
     assert torch.equal(output(copy.deepcopy(quantised), ids), output(quantised, ids))
     dynamic = copy.deepcopy(model)
     pycompress.quantize_(dynamic)

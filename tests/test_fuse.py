@@ -345,6 +345,152 @@ def test_not_folded_when_called_from_above():
     assert "Features.forward uses one of them by itself" in note(report, "body.0")
 
 
+class Body(nn.Module):
+    """A Sequential that forward calls whole; each subclass finds another way to the value between."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.blk = nn.Sequential(nn.Linear(K, K), nn.GELU(), nn.Linear(K, K)), Wrap()
+
+    def forward(self, x):
+        return self.blk(self.net(x))
+
+
+class FeaturesOnRequest(Body):
+    def forward(self, x, return_features=False):
+        if not return_features:
+            return self.net(x)
+        features = []
+        for layer in self.net:
+            x = layer(x)
+            features.append(x)
+        return torch.cat(features, -1)
+
+
+class FeaturesOnData(Body):
+    def forward(self, x):
+        return self.net[0](x) if x.sum() > -1e9 else self.net(x)
+
+
+class UntraceableAbove(Body):
+    def forward(self, x):
+        features = [x * int(x.sum() > 1e9)]
+        for layer in self.net:
+            features.append(layer(features[-1]))
+        return torch.cat(features, -1)
+
+
+class WalksChildren(Body):
+    def forward(self, x):
+        first = next(iter(next(iter(self.children()))))
+        return first(x) * int(x.sum() > -1e9)
+
+
+class MethodAbove(Body):
+    def call(self, x):
+        return self.net[0](x)
+
+
+class NamedFromAbove(Body):
+    def call(self, x):
+        return self.blk.fc(x)
+
+
+class ByString(Body):
+    def call(self, x):
+        return getattr(self.blk, "fc")(x)  # noqa: B009
+
+
+class PropertyAbove(Body):
+    @property
+    def first(self):
+        return self.net[0]
+
+    def call(self, x):
+        return self.first(x)
+
+
+class DecoratedAbove(Body):
+    @torch.no_grad()
+    def call(self, x):
+        return self.net[0](x)
+
+
+class ListedEncodes(Listed):
+    def call(self, x):
+        return self.layers[0](x)
+
+
+class IndexesItself(nn.Sequential):
+    def call(self, x):
+        return self[0](x)
+
+
+class UsesBothApart(Wrap):
+    def call(self, x, activate=False):
+        h = self.fc(x)
+        return self.act(h) if activate else h
+
+
+class EncoderReader(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.TransformerEncoderLayer(K, 2, 32, activation="gelu")
+
+    def forward(self, x):
+        return self.encoder(x)
+
+    def call(self, x):
+        return self.encoder.linear1(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "why"),
+    [
+        (FeaturesOnRequest(), "net.0", "FeaturesOnRequest.forward uses one of them by itself"),
+        (FeaturesOnData(), "net.0", "FeaturesOnData.forward uses one of them by itself"),
+        (UntraceableAbove(), "net.0", "UntraceableAbove.forward may use one of them by itself; it cannot be traced"),
+        (WalksChildren(), "net.0", "it cannot be traced"),
+        (MethodAbove(), "net.0", "MethodAbove.call may use one of them by itself"),
+        (NamedFromAbove(), "blk.fc", "NamedFromAbove.call may use one of them by itself"),
+        (ByString(), "blk.fc", "ByString.call may use one of them by itself"),
+        (PropertyAbove(), "net.0", "PropertyAbove.first may use one of them by itself"),
+        (DecoratedAbove(), "net.0", "DecoratedAbove.call may use one of them by itself"),
+        (nn.Sequential(NamedFromAbove()), "0.blk.fc", "NamedFromAbove.call may use one of them by itself"),
+        (ListedEncodes(), "layers.0", "ListedEncodes.call may use one of them without the other"),
+        (IndexesItself(nn.Linear(K, K), nn.GELU()), "0", "IndexesItself.call may use one of them without the other"),
+        (UsesBothApart(), "fc", "UsesBothApart.call uses them too"),
+        (EncoderReader(), "encoder.linear1", "EncoderReader.call may use one of them by itself"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_not_folded_when_other_code_may_read_the_value_between(model, name, why):
+    model = model.eval()
+    quantised = copy.deepcopy(model)
+    report = pycompress.quantize_(quantised, "weight_only")
+    assert why in note(report, name)
+    way = {FeaturesOnRequest: lambda m: m(X, return_features=True)}.get(type(model))
+    way = way or (lambda m: m.call(X) if hasattr(m, "call") else m(X))
+    with torch.no_grad():
+        expected, actual = way(model), way(quantised)
+    assert (actual - expected).norm() / expected.norm() < 0.03
+
+
+def test_folded_below_a_forward_that_only_calls_the_whole():
+    assert len(check(Body(), X).fused) == 2
+    assert len(check(nn.Sequential(Body(), Body()), X).fused) == 4
+
+    class Untraceable(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = Body()
+
+        def forward(self, x):
+            return self.body(x) * int(x.sum() > -1e9)
+
+    assert len(check(Untraceable(), X).fused) == 2
+
+
 def test_not_folded_when_the_activation_is_shared_or_hooked():
     activation = nn.ReLU()
     model = nn.Sequential(nn.Linear(K, K), activation, nn.Linear(K, K), nn.Tanh(), activation)
