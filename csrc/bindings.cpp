@@ -4,14 +4,20 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <memory>
 
 #include "common/check.h"
+#include "common/dlpack.h"
 #include "common/isa.h"
+#include "common/memory.h"
+#include "common/pool.h"
+#include "distill_loss/distill_loss.h"
 #include "int8_matmul/int8_matmul.h"
 #include "peaks/peaks.h"
 
 namespace py = pybind11;
 namespace pc = pycompress;
+namespace dl = pycompress::distill_loss;
 namespace im = pycompress::int8_matmul;
 
 namespace {
@@ -23,7 +29,7 @@ T* pointer(uintptr_t address) {
 
 template <class Enum>
 Enum to_enum(int value, int count, const char* what) {
-  pc::check(value >= 0 && value < count, "int8_matmul: ", what, "=", value, " is unknown");
+  pc::check(value >= 0 && value < count, what, "=", value, " is unknown");
   return static_cast<Enum>(value);
 }
 
@@ -34,11 +40,11 @@ class Int8Plan {
   Int8Plan(uintptr_t weight, int64_t weight_bytes, uintptr_t weight_scale, int64_t n, uintptr_t bias, int bias_dtype,
            uintptr_t input_scale, uintptr_t input_zero_point, int mode, int activation)
       : prepared_(im::prepare(pointer<const void>(weight), weight_bytes)) {
-    args_.mode = to_enum<im::Mode>(mode, 3, "mode");
-    args_.activation = to_enum<im::Activation>(activation, 5, "activation");
+    args_.mode = to_enum<im::Mode>(mode, 3, "int8_matmul: mode");
+    args_.activation = to_enum<im::Activation>(activation, 5, "int8_matmul: activation");
     args_.weight_scale = pointer<const float>(weight_scale);
     args_.bias = pointer<const void>(bias);
-    args_.bias_dtype = to_enum<pc::Dtype>(bias_dtype, 3, "bias dtype");
+    args_.bias_dtype = to_enum<pc::Dtype>(bias_dtype, 3, "int8_matmul: bias dtype");
     args_.input_scale = pointer<const float>(input_scale);
     args_.input_zero_point = pointer<const int32_t>(input_zero_point);
     args_.n = args_.ldy = n;
@@ -54,7 +60,7 @@ class Int8Plan {
     im::Args a = args_;
     a.x = pointer<const void>(x);
     a.y = pointer<void>(y);
-    a.dtype = to_enum<pc::Dtype>(dtype, 3, "dtype");
+    a.dtype = to_enum<pc::Dtype>(dtype, 3, "int8_matmul: dtype");
     a.threads = threads;
     a.m = layout[0];
     a.k = layout[1];
@@ -70,6 +76,88 @@ class Int8Plan {
   im::Args args_;
   im::Prepared prepared_;
 };
+
+// address, dtype, rows, cols, inner_rows, outer_stride, row_stride, col_stride
+using RowsTuple = std::array<int64_t, 8>;
+
+dl::Rows to_rows(const RowsTuple& t) {
+  return {pointer<const void>(uintptr_t(t[0])),
+          to_enum<pc::Dtype>(int(t[1]), 3, "distill_loss: dtype"),
+          t[2],
+          t[3],
+          t[4],
+          t[5],
+          t[6],
+          t[7]};
+}
+
+double distill_loss(const RowsTuple& student, const RowsTuple& teacher, uintptr_t topk_indices,
+                    uintptr_t topk_logsumexp, uintptr_t labels, uintptr_t token_weight, int divergence, int reduction,
+                    double temperature, double alpha, double beta, double label_smoothing, int64_t ignore_index,
+                    double num_items, uintptr_t loss, uintptr_t hard, uintptr_t soft, uintptr_t grad,
+                    bool normalize_grad, int threads) {
+  dl::Args a;
+  a.student = to_rows(student);
+  a.teacher = to_rows(teacher);
+  a.topk_indices = pointer<const int64_t>(topk_indices);
+  a.topk_logsumexp = pointer<const float>(topk_logsumexp);
+  a.labels = pointer<const int64_t>(labels);
+  a.token_weight = pointer<const float>(token_weight);
+  a.divergence = to_enum<dl::Divergence>(divergence, 3, "distill_loss: divergence");
+  a.reduction = to_enum<dl::Reduction>(reduction, 3, "distill_loss: reduction");
+  a.temperature = temperature;
+  a.alpha = alpha;
+  a.beta = beta;
+  a.label_smoothing = label_smoothing;
+  a.ignore_index = ignore_index;
+  a.num_items = num_items;
+  a.loss = pointer<float>(loss);
+  a.hard = pointer<float>(hard);
+  a.soft = pointer<float>(soft);
+  a.grad = pointer<void>(grad);
+  a.normalize_grad = normalize_grad;
+  a.threads = threads;
+  py::gil_scoped_release release;
+  return dl::run(a);
+}
+
+struct Pooled {
+  pc::dlpack::ManagedTensor managed;
+  std::vector<int64_t> shape;
+};
+
+void give_back(pc::dlpack::ManagedTensor* managed) {
+  Pooled* const pooled = static_cast<Pooled*>(managed->manager);
+  pc::pool::give_back(managed->tensor.data);
+  delete pooled;
+}
+
+// A contiguous tensor of undefined contents in memory of the pool, as a DLPack capsule.
+py::capsule pooled_empty(std::vector<int64_t> shape, int dtype) {
+  const pc::Dtype type = to_enum<pc::Dtype>(dtype, 3, "empty: dtype");
+  size_t bytes = size_t(pc::dtype_size(type));
+  for (int64_t size : shape) {
+    pc::check(size >= 0, "empty: size ", size, ", expected at least 0");
+    pc::check(!__builtin_mul_overflow(bytes, size_t(size), &bytes), "empty: the shape is too large");
+  }
+  auto pooled = std::make_unique<Pooled>();
+  pooled->shape = std::move(shape);
+  const auto code = type == pc::Dtype::bf16 ? pc::dlpack::Code::bfloat : pc::dlpack::Code::floating;
+  pooled->managed.tensor = {pc::pool::take(bytes),
+                            {},
+                            int32_t(pooled->shape.size()),
+                            {uint8_t(code), uint8_t(8 * pc::dtype_size(type)), 1},
+                            pooled->shape.data(),
+                            nullptr,
+                            0};
+  pooled->managed.manager = pooled.get();
+  pooled->managed.deleter = give_back;
+  // Whoever takes the tensor out renames the capsule, and calls the deleter in the end.
+  return py::capsule(&pooled.release()->managed, "dltensor", [](PyObject* capsule) {
+    if (!PyCapsule_IsValid(capsule, "dltensor")) return;
+    give_back(static_cast<pc::dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor")));
+  });
+}
 
 std::vector<std::string> names(const std::vector<pc::Isa>& isas) {
   std::vector<std::string> out;
@@ -88,6 +176,7 @@ py::dict peaks_dict(int threads, double seconds, int64_t buffer_bytes) {
   out["int8_gops"] = rates.int8_gops;
   out["fp32_gflops"] = rates.fp32_gflops;
   out["bf16_gflops"] = rates.bf16_gflops;
+  out["exp_g"] = rates.exp_g;
   out["read_gbps"] = rates.read_gbps;
   return out;
 }
@@ -122,4 +211,16 @@ PYBIND11_MODULE(_C, m) {
     py::gil_scoped_release release;
     im::unpack(im::open_packed(pointer<const void>(packed), bytes), pointer<int8_t>(weight), ld);
   });
+
+  m.def("pooled_empty", &pooled_empty);
+  m.def("pool_kept_bytes", &pc::pool::kept_bytes);
+  m.attr("POOL_SMALLEST") = pc::pool::kSmallest;
+  m.def("advise_huge_pages",
+        [](uintptr_t address, size_t bytes) { pc::advise_huge_pages(pointer<void>(address), bytes); });
+  m.def("distill_kernel_name", &dl::kernel_name);
+  m.def("distill_loss", &distill_loss, py::kw_only(), py::arg("student"), py::arg("teacher"), py::arg("topk_indices"),
+        py::arg("topk_logsumexp"), py::arg("labels"), py::arg("token_weight"), py::arg("divergence"),
+        py::arg("reduction"), py::arg("temperature"), py::arg("alpha"), py::arg("beta"), py::arg("label_smoothing"),
+        py::arg("ignore_index"), py::arg("num_items"), py::arg("loss"), py::arg("hard"), py::arg("soft"),
+        py::arg("grad"), py::arg("normalize_grad"), py::arg("threads"));
 }

@@ -30,3 +30,36 @@ def int8_packed_bytes(n: int, k: int, /) -> int: ...
 def int8_pack(weight: int, n: int, k: int, ld: int, dst: int, /) -> None: ...
 def int8_packed_shape(packed: int, nbytes: int, /) -> tuple[int, int]: ...
 def int8_unpack(packed: int, nbytes: int, weight: int, ld: int, /) -> None: ...
+
+POOL_SMALLEST: int
+
+def pooled_empty(shape: list[int], dtype: int, /) -> Any: ...
+def pool_kept_bytes() -> int: ...
+def advise_huge_pages(address: int, nbytes: int, /) -> None: ...
+
+_Rows = tuple[int, int, int, int, int, int, int, int]
+
+def distill_loss(
+    *,
+    student: _Rows,
+    teacher: _Rows,
+    topk_indices: int,
+    topk_logsumexp: int,
+    labels: int,
+    token_weight: int,
+    divergence: int,
+    reduction: int,
+    temperature: float,
+    alpha: float,
+    beta: float,
+    label_smoothing: float,
+    ignore_index: int,
+    num_items: float,
+    loss: int,
+    hard: int,
+    soft: int,
+    grad: int,
+    normalize_grad: bool,
+    threads: int,
+) -> float: ...
+def distill_kernel_name() -> str: ...

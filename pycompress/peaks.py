@@ -20,7 +20,8 @@ class Peaks:
     """Best rates of register-only multiply loops and of a read loop.
 
     ``int8_gops`` and the two ``*_gflops`` are 1e9 operations a second (a multiply-accumulate counts as 2),
-    ``read_gbps`` is 1e9 bytes a second from memory, ``bf16_gflops`` is None without a bf16 dot product.
+    ``exp_g`` 1e9 float32 exponentials a second as softmax takes them, ``read_gbps`` 1e9 bytes a second from memory.
+    ``bf16_gflops`` is None without a bf16 dot product.
     """
 
     isa: str
@@ -28,6 +29,7 @@ class Peaks:
     int8_gops: float
     fp32_gflops: float
     bf16_gflops: float | None
+    exp_g: float
     read_gbps: float | None
 
 
@@ -61,5 +63,6 @@ def measure(threads: int | None = None, seconds: float = 0.2, *, read: bool = Tr
         int8_gops=raw["int8_gops"],
         fp32_gflops=raw["fp32_gflops"],
         bf16_gflops=raw["bf16_gflops"] or None,
+        exp_g=raw["exp_g"],
         read_gbps=raw["read_gbps"] or None,
     )

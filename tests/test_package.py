@@ -92,5 +92,5 @@ def test_isa_files_share_no_code(source: Path, tmp_path: Path) -> None:
 
 def test_every_isa_has_its_sources() -> None:
     assert {p.stem.removeprefix("kernel_") for p in ISA_SOURCES if p.stem.startswith("kernel_")} == {
-        "avx2", "avxvnni", "avx512", "avx512vnni",
+        "avx2", "avxvnni", "avx512", "avx512bf16", "avx512vnni",
     }  # fmt: skip

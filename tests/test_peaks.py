@@ -14,7 +14,7 @@ from pycompress import _native, peaks
 def test_measure(isa: str, threads: int) -> None:
     measured = peaks.measure(threads, seconds=0.01, read=False)
     assert (measured.isa, measured.threads, measured.read_gbps) == (isa, threads, None)
-    for rate in (measured.int8_gops, measured.fp32_gflops):
+    for rate in (measured.int8_gops, measured.fp32_gflops, measured.exp_g):
         assert math.isfinite(rate)
         assert 0.01 < rate < 1e6
     has_bf16 = isa == "avx512vnni" and "avx512bf16" in _native.cpu_features()

@@ -61,7 +61,7 @@ std::vector<std::string> read_cpu_features() {
 #undef PYCOMPRESS_FEATURE
   if (cpu_has_f16c()) names.push_back("f16c");
   if (cpu_has(Isa::avxvnni)) names.push_back("avxvnni");
-  if (cpu_has(Isa::avx512) && leaf7_1_eax(5)) names.push_back("avx512bf16");
+  if (cpu_has_bf16()) names.push_back("avx512bf16");
   return names;
 }
 
@@ -147,6 +147,15 @@ bool isa_usable(Isa needed) {
     case Isa::avx512vnni: return needed == Isa::avx2 || needed == Isa::avx512;
     default: return false;
   }
+}
+
+bool cpu_has_bf16() {
+#if defined(__x86_64__) || defined(__i386__)
+  static const bool has = cpu_has(Isa::avx512) && leaf7_1_eax(5);
+  return has;
+#else
+  return false;
+#endif
 }
 
 std::vector<std::string> cpu_features() { return read_cpu_features(); }

@@ -25,6 +25,9 @@ Isa selected_isa();
 // level that includes it.
 bool isa_usable(Isa needed);
 
+// True where the CPU has avx512 and bf16 conversions and dot products (AVX512-BF16).
+bool cpu_has_bf16();
+
 // What the CPU says of itself, for reports: e.g. {"avx2", "fma", "avx512f", "avx512bf16", ...}.
 std::vector<std::string> cpu_features();
 

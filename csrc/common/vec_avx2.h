@@ -11,6 +11,7 @@ namespace {
 struct Vec {
   using F = __m256;
   using I = __m256i;
+  using M = __m256;  // a mask: all bits of a lane, or none
   static constexpr int kLanes = 8;
 
   static F zero() { return _mm256_setzero_ps(); }
@@ -28,6 +29,33 @@ struct Vec {
   static F max(F a, F b) { return _mm256_max_ps(a, b); }
   static F abs(F a) { return _mm256_and_ps(a, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff))); }
   static F round(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+  static M greater(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }    // false where one is NaN
+  static M not_less(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_NLT_UQ); }  // true where one is NaN
+  static M both(M a, M b) { return _mm256_and_ps(a, b); }
+  static M without(M a, M b) { return _mm256_andnot_ps(b, a); }  // a and not b
+  static F zero_unless(M keep, F a) { return _mm256_and_ps(keep, a); }
+  static F select(M yes, F a, F b) { return _mm256_blendv_ps(b, a, yes); }
+  static F add_where(M where, F a, F b) { return _mm256_add_ps(a, _mm256_and_ps(where, b)); }  // a where not
+  static float sum(F a) {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+  }
+  static float largest(F a) {
+    const __m128 four = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps(two, two, 1)));
+  }
+  // x = mantissa * 2^exponent with the mantissa in [1, 2), for positive normal x
+  static F exponent(F x) {
+    const I biased = _mm256_srli_epi32(_mm256_castps_si256(x), 23);
+    return to_float(_mm256_sub_epi32(biased, _mm256_set1_epi32(127)));
+  }
+  static F mantissa(F x) {
+    const I fraction = _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fffff));
+    return _mm256_castsi256_ps(_mm256_or_si256(fraction, _mm256_set1_epi32(0x3f800000)));
+  }
 
   static I izero() { return _mm256_setzero_si256(); }
   static I iset1(int32_t v) { return _mm256_set1_epi32(v); }
@@ -75,6 +103,31 @@ struct Vec {
     const __m128i half = _mm_loadu_si128(static_cast<const __m128i*>(p));
     if constexpr (D == Dtype::f16) return _mm256_cvtph_ps(half);
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+  }
+
+  // The first `count` lanes, and -infinity behind them.
+  template <Dtype D>
+  static F load_first(const void* p, int count) {
+    if constexpr (D == Dtype::f32) {
+      const I lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+      const I in = _mm256_cmpgt_epi32(_mm256_set1_epi32(count), lane);
+      const F values = _mm256_maskload_ps(static_cast<const float*>(p), in);
+      return _mm256_blendv_ps(_mm256_set1_ps(-__builtin_inff()), values, _mm256_castsi256_ps(in));
+    }
+    alignas(16) uint16_t padded[8];
+    for (int i = 0; i < 8; ++i) padded[i] = D == Dtype::f16 ? 0xfc00 : 0xff80;
+    for (int i = 0; i < count; ++i) padded[i] = static_cast<const uint16_t*>(p)[i];
+    return load_as<D>(padded);
+  }
+
+  // Past the cache; p is aligned to the size of what is stored.
+  template <Dtype D>
+  static void stream_as(void* p, F v) {
+    if constexpr (D == Dtype::f32) {
+      _mm256_stream_ps(static_cast<float*>(p), v);
+    } else {
+      _mm_stream_si128(static_cast<__m128i*>(p), to_half<D>(v));
+    }
   }
 
   template <Dtype D>

@@ -11,6 +11,7 @@ namespace {
 struct Vec {
   using F = __m512;
   using I = __m512i;
+  using M = __mmask16;
   static constexpr int kLanes = 16;
 
   static F zero() { return _mm512_setzero_ps(); }
@@ -28,6 +29,19 @@ struct Vec {
   static F max(F a, F b) { return _mm512_max_ps(a, b); }
   static F abs(F a) { return _mm512_abs_ps(a); }
   static F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+  static M greater(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }    // false where one is NaN
+  static M not_less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ); }  // true where one is NaN
+  static M both(M a, M b) { return _kand_mask16(a, b); }
+  static M without(M a, M b) { return _kandn_mask16(b, a); }  // a and not b
+  static F zero_unless(M keep, F a) { return _mm512_maskz_mov_ps(keep, a); }
+  static F select(M yes, F a, F b) { return _mm512_mask_blend_ps(yes, b, a); }
+  static F add_where(M where, F a, F b) { return _mm512_mask_add_ps(a, where, a, b); }  // a where not
+  static float sum(F a) { return _mm512_reduce_add_ps(a); }
+  static float largest(F a) { return _mm512_reduce_max_ps(a); }
+  // x = mantissa * 2^exponent with the mantissa in [1, 2), for positive normal x
+  static F exponent(F x) { return _mm512_getexp_ps(x); }
+  static F mantissa(F x) { return _mm512_getmant_ps(x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src); }
 
   static I izero() { return _mm512_setzero_si512(); }
   static I iset1(int32_t v) { return _mm512_set1_epi32(v); }
@@ -64,6 +78,27 @@ struct Vec {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
   }
 
+  // The first `count` lanes, and -infinity behind them.
+  template <Dtype D>
+  static F load_first(const void* p, int count) {
+    const __mmask16 mask = __mmask16((1u << count) - 1);
+    if constexpr (D == Dtype::f32) return _mm512_mask_loadu_ps(_mm512_set1_ps(-__builtin_inff()), mask, p);
+    const __m256i fill = _mm256_set1_epi16(short(D == Dtype::f16 ? 0xfc00 : 0xff80));
+    const __m256i half = _mm256_mask_loadu_epi16(fill, mask, p);
+    if constexpr (D == Dtype::f16) return _mm512_cvtph_ps(half);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  }
+
+  // Past the cache; p is aligned to the size of what is stored.
+  template <Dtype D>
+  static void stream_as(void* p, F v) {
+    if constexpr (D == Dtype::f32) {
+      _mm512_stream_ps(static_cast<float*>(p), v);
+    } else {
+      _mm256_stream_si256(static_cast<__m256i*>(p), to_half<D>(v));
+    }
+  }
+
   template <Dtype D>
   static void store_as(void* p, F v) {
     if constexpr (D == Dtype::f32) {
@@ -87,12 +122,19 @@ struct Vec {
   template <Dtype D>
   static __m256i to_half(F v) {
     if constexpr (D == Dtype::f16) return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#ifdef __AVX512BF16__
+    return (__m256i)_mm512_cvtneps_pbh(v);  // the same rounding in one instruction; subnormal values become 0
+#endif
     const __m512i bits = _mm512_castps_si512(v);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));  // a NaN must not round to infinity
+    const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+    const __m512i half_up = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+    const __m512i rounded = _mm512_mask_sub_epi32(half_up, odd, half_up, _mm512_set1_epi32(-1));
+    // a NaN must not round to infinity
     const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_blend_epi32(nan, rounded, quiet), 16));
+    const __m512i words = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+    const __m512i upper_halves = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,  //
+                                                  31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+    return _mm512_castsi512_si256(_mm512_permutexvar_epi16(upper_halves, words));
   }
 };
 

@@ -24,6 +24,42 @@ inline Vec::F vexp(Vec::F x) {
   return Vec::times_pow2(p, n);
 }
 
+// 2^y for y <= 0: relative error below 2e-7 for y >= -126, and exactly 0 below, -infinity included. NaN stays NaN.
+// A minimax polynomial of degree 5 over [-1/2, 1/2] (9.1e-8), 1 at 0. For softmax: half the cost of vexp.
+inline Vec::F vexp2(Vec::F y) {
+  const Vec::F n = Vec::round(y);
+  const Vec::F f = Vec::sub(y, n);
+  Vec::F p = Vec::set1(1.326472384e-3f);
+  p = Vec::fma(p, f, Vec::set1(9.671512707e-3f));
+  p = Vec::fma(p, f, Vec::set1(5.550733755e-2f));
+  p = Vec::fma(p, f, Vec::set1(2.402224208e-1f));
+  p = Vec::fma(p, f, Vec::set1(6.931469776e-1f));
+  p = Vec::fma(p, f, Vec::set1(1.0f));
+  return Vec::zero_unless(Vec::not_less(y, Vec::set1(-126.0f)), Vec::times_pow2(p, n));
+}
+
+// log2(x) for positive normal x: error below 1.5e-7 max(1, |log2 x|). The polynomial is Cephes logf's, over
+// [sqrt(1/2), sqrt(2)].
+inline Vec::F vlog2(Vec::F x) {
+  Vec::F m = Vec::mantissa(x), e = Vec::exponent(x);
+  const Vec::M upper = Vec::greater(m, Vec::set1(1.41421356f));
+  m = Vec::select(upper, Vec::mul(m, Vec::set1(0.5f)), m);
+  e = Vec::add_where(upper, e, Vec::set1(1.0f));
+  const Vec::F f = Vec::sub(m, Vec::set1(1.0f)), square = Vec::mul(f, f);
+  Vec::F p = Vec::set1(7.0376836292e-2f);
+  p = Vec::fma(p, f, Vec::set1(-1.1514610310e-1f));
+  p = Vec::fma(p, f, Vec::set1(1.1676998740e-1f));
+  p = Vec::fma(p, f, Vec::set1(-1.2420140846e-1f));
+  p = Vec::fma(p, f, Vec::set1(1.4249322787e-1f));
+  p = Vec::fma(p, f, Vec::set1(-1.6668057665e-1f));
+  p = Vec::fma(p, f, Vec::set1(2.0000714765e-1f));
+  p = Vec::fma(p, f, Vec::set1(-2.4999993993e-1f));
+  p = Vec::fma(p, f, Vec::set1(3.3333331174e-1f));
+  // ln m = f - f^2 / 2 + f^3 P(f)
+  const Vec::F natural = Vec::add(f, Vec::mul(square, Vec::fma(p, f, Vec::set1(-0.5f))));
+  return Vec::fma(natural, Vec::set1(1.44269504f), e);
+}
+
 // x / (1 + exp(-z)) = x * sigmoid(z)
 inline Vec::F times_sigmoid(Vec::F x, Vec::F z) {
   return Vec::div(x, Vec::add(Vec::set1(1.0f), vexp(Vec::sub(Vec::zero(), z))));

@@ -26,6 +26,20 @@ double burn(int64_t rounds, int lanes, Register start, Mac mac) {
   return double(rounds) * ACCUMULATORS * lanes;
 }
 
+// 2^y of registers, as the softmax kernels compute it; no chain from one to the next.
+inline double burn_exp(int64_t rounds) {
+  Vec::F y = Vec::set1(-0.7f);
+  for (int64_t i = 0; i < rounds; ++i) {
+#pragma GCC unroll 16
+    for (int j = 0; j < 16; ++j) {
+      asm volatile("" : "+v"(y));
+      const Vec::F power = vexp2(y);
+      asm volatile("" ::"v"(power));
+    }
+  }
+  return double(rounds) * 16 * Vec::kLanes;
+}
+
 inline double read_all(const void* data, int64_t bytes) {
   constexpr int64_t kVec = sizeof(Vec::I);
   const char* p = static_cast<const char*>(data);

@@ -15,7 +15,7 @@ using Burn = double (*)(int64_t rounds);
 
 struct Loops {
   Isa isa;
-  Burn int8, fp32, bf16;                            // bf16 is null where the instruction set has no bf16 dot product
+  Burn int8, fp32, exp;                             // exp returns how many exponentials
   double (*read)(const void* data, int64_t bytes);  // returns a value that depends on every byte
 };
 
@@ -24,7 +24,8 @@ double burn_bf16_avx512(int64_t rounds);
 
 struct Rates {
   Isa isa;
-  double int8_gops, fp32_gflops, bf16_gflops, read_gbps;  // bf16_gflops is 0 where there is no such instruction
+  // bf16_gflops is 0 where there is no such instruction; exp_g is 1e9 f32 exponentials a second.
+  double int8_gops, fp32_gflops, bf16_gflops, exp_g, read_gbps;
 };
 
 // buffer_bytes: what the read loop walks; take several times the last-level cache. 0 skips reading.

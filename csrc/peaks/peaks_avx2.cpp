@@ -19,6 +19,6 @@ double burn_fp32(int64_t rounds) {
 
 }  // namespace
 
-const Loops kAvx2Loops{Isa::avx2, burn_int8, burn_fp32, nullptr, read_all};
+const Loops kAvx2Loops{Isa::avx2, burn_int8, burn_fp32, burn_exp, read_all};
 
 }  // namespace pycompress::peaks

@@ -17,6 +17,6 @@ double burn_fp32(int64_t rounds) {
 
 }  // namespace
 
-const Loops kAvx512VnniLoops{Isa::avx512vnni, burn_int8, burn_fp32, nullptr, read_all};
+const Loops kAvx512VnniLoops{Isa::avx512vnni, burn_int8, burn_fp32, burn_exp, read_all};
 
 }  // namespace pycompress::peaks
