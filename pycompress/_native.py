@@ -6,10 +6,16 @@ thread pool, sized by ``torch.set_num_threads``.
 
 from __future__ import annotations
 
-import torch  # noqa: F401  (loads libgomp.so.1 before _C does)
+import math
+from collections.abc import Sequence
+
+import torch  # loads libgomp.so.1 before _C does
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from pycompress import _C
 
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 def available_isas() -> list[str]:
     """Instruction-set levels that the CPU and this build support, best first; the last is ``"scalar"``."""
@@ -24,3 +30,15 @@ def selected_isa() -> str:
 def cpu_features() -> list[str]:
     """Features of the CPU that matter to the kernels, e.g. ``["avx2", "fma", "avx512f", "avx512vnni"]``."""
     return list(_C.cpu_features())
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """``torch.empty`` on the CPU, for results that a training step makes anew each time; dtype: of DTYPE_CODES.
+
+    Fresh memory of 32 MB and more comes as pages that the system clears when they are first written, which takes as
+    long as the loss that fills them. From that size on it is memory of an earlier such tensor, where there is one:
+    up to two blocks are kept, and the system may have their pages back when it runs short (MADV_FREE).
+    """
+    if math.prod(shape) * dtype.itemsize < _C.POOL_SMALLEST:
+        return torch.empty(shape, dtype=dtype)
+    return from_dlpack(_C.pooled_empty(list(shape), DTYPE_CODES[dtype]))

@@ -1,6 +1,7 @@
 """What pycompress finds on this machine: the data behind `pycompress info`, and behind every result file."""
 
 import dataclasses
+import math
 import os
 import platform
 import re
@@ -11,10 +12,10 @@ import numpy
 import torch
 from rich.table import Table
 
-from pycompress import _native, ops
+from pycompress import _native, nn, ops
 from pycompress.version import __version__
 
-OPERATIONS = ("int8_matmul",)  # what this version computes; a benchmark each, of the same name
+OPERATIONS = ("int8_matmul", "distill_loss")  # what this version computes; a benchmark each, of the same name
 # What the kernels could use, as /proc/cpuinfo spells it (x86 "flags", Arm "Features").
 _FEATURES = (
     "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16",
@@ -97,8 +98,11 @@ def _openmp() -> dict[str, Any]:
 
 
 def _backends() -> dict[str, dict[str, str]]:
-    """Runs every backend of every operation once, on one element, and tells the kernel or the error."""
-    return {"int8_matmul": {name: _try_int8_matmul(name) for name in ops.BACKENDS if name != "auto"}}
+    """Runs every backend of every operation once, on next to nothing, and tells the kernel or the error."""
+    return {
+        "int8_matmul": {name: _try_int8_matmul(name) for name in ops.BACKENDS if name != "auto"},
+        "distill_loss": {name: _try_distill_loss(name) for name in ops.DISTILL_BACKENDS if name != "auto"},
+    }
 
 
 def _try_int8_matmul(backend: str) -> str:
@@ -109,6 +113,17 @@ def _try_int8_matmul(backend: str) -> str:
     except (ValueError, RuntimeError) as error:
         return f"not usable: {error}"
     return f"usable: {kernel}" if abs(y.item() - 1) < 1e-3 else f"broken: 1 x 1 gives {y.item()}"
+
+
+def _try_distill_loss(backend: str) -> str:
+    try:
+        logits, label = torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64)
+        loss = nn.DistillationLoss(backend=backend)(logits, logits, label)
+        kernel = ops.distill_kernel_name() if backend == "native" else "plain torch"
+    except (ValueError, RuntimeError) as error:
+        return f"not usable: {error}"
+    expected = math.log(2) / 2  # half of the cross-entropy, and a teacher that agrees
+    return f"usable: {kernel}" if abs(loss.item() - expected) < 1e-3 else f"broken: 1 x 2 gives {loss.item()}"
 
 
 def table(found: dict[str, Any]) -> Table:
@@ -138,6 +153,7 @@ def table(found: dict[str, Any]) -> Table:
 
 def _peaks_line(peaks: dict[str, Any]) -> str:
     units = {"int8_gops": "int8 GOP/s", "fp32_gflops": "fp32 GFLOP/s", "bf16_gflops": "bf16 GFLOP/s"}
+    units["exp_g"] = "Gexp/s"
     units["read_gbps"] = "GB/s read"
     rates = [f"{peaks[name]:.0f} {unit}" for name, unit in units.items() if peaks[name] is not None]
     return f"{', '.join(rates)} on {peaks['threads']} threads"

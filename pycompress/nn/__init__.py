@@ -1,5 +1,20 @@
 """Drop-in modules."""
 
+from pycompress.nn.distillation_loss import DistillationLoss
+from pycompress.nn.feature_losses import AttentionLoss, HiddenStateLoss, TripleLoss, TripleLossParts
 from pycompress.nn.int8_linear import Int8Linear
+from pycompress.nn.linear_distillation_loss import LinearDistillationLoss
+from pycompress.ops.distill_loss import DistillLossParts
+from pycompress.ops.distill_loss_call import TopKLogits
 
-__all__ = ["Int8Linear"]
+__all__ = [
+    "AttentionLoss",
+    "DistillLossParts",
+    "DistillationLoss",
+    "HiddenStateLoss",
+    "Int8Linear",
+    "LinearDistillationLoss",
+    "TopKLogits",
+    "TripleLoss",
+    "TripleLossParts",
+]

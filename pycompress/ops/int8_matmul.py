@@ -22,48 +22,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pycompress import (
-    _C,
-    _native,  # noqa: F401  (loads torch's OpenMP before the compiled module)
-)
+from pycompress import _C
+from pycompress._native import DTYPE_CODES
 from pycompress.ops.int8_matmul_reference import Call, reference_int8_linear
 from pycompress.ops.int8_matmul_weight import aligned, pack_weight, unpack_weight
+from pycompress.ops.rows import row_layout
 
 MODES = ("dynamic", "static", "weight_only")
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 _MODE_CODES = {name: code for code, name in enumerate(MODES)}
 _ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 # ---- native ---------------------------------------------------------------------------------------------------
 
 
-def _row_layout(x: Tensor) -> tuple[Tensor, tuple[int, int, int, int, int, int]]:
-    """x and (M, K, inner_rows, outer_stride, row_stride, col_stride); copied only if its rows need three levels."""
-    k = x.shape[-1]
-    if x.is_contiguous():
-        m = x.numel() // k if k else x.shape[:-1].numel()
-        return x, (m, k, max(m, 1), 0, k, 1)
-    levels: list[tuple[int, int]] = []  # (size, stride) of the leading dimensions, adjacent ones merged
-    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
-        if size == 1:
-            continue
-        if levels and levels[-1][1] == stride * size:
-            levels[-1] = (levels[-1][0] * size, stride)
-        else:
-            levels.append((size, stride))
-    if len(levels) > 2:
-        return _row_layout(x.contiguous())
-    inner, row_stride = levels[-1] if levels else (1, 0)
-    outer, outer_stride = levels[0] if len(levels) == 2 else (1, 0)
-    return x, (inner * outer, k, max(inner, 1), outer_stride, row_stride, x.stride(-1))
-
-
 def _native_int8_linear(call: Call) -> Tensor:
     weight = aligned(call.weight) if call.weight.dtype == torch.uint8 else pack_weight(call.weight)
     n = call.weight_scale.shape[0]
-    x, layout = _row_layout(call.x)
+    x, layout = row_layout(call.x)
     y = torch.empty((*call.x.shape[:-1], n), dtype=x.dtype)
     plan = native_plan(call, weight)
     plan.run_strided(x.data_ptr(), layout, DTYPE_CODES[x.dtype], y.data_ptr(), torch.get_num_threads())

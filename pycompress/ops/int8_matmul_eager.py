@@ -12,38 +12,17 @@ import torch
 from torch import Tensor
 
 from pycompress import _C
-from pycompress.ops.int8_matmul import DTYPE_CODES, check, native_plan
+from pycompress._native import DTYPE_CODES
+from pycompress.ops.eager import CAN_ASK, nothing_watches
+from pycompress.ops.int8_matmul import check, native_plan
 from pycompress.ops.int8_matmul_reference import Call
 from pycompress.ops.int8_matmul_weight import ALIGNMENT
 
 _AUTOCAST_CPU = torch._C.DispatchKey.AutocastCPU
 
 
-def _is_plain_eager(x: Tensor) -> bool:
-    return (
-        type(x) is Tensor
-        and not (x.requires_grad and torch.is_grad_enabled())
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._is_torch_function_mode_enabled()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._dispatch_tls_is_dispatch_key_excluded(_AUTOCAST_CPU)  # excluded where autocast is off
-        and torch._C._get_tracing_state() is None
-        and torch.autograd.forward_ad._current_level < 0
-        and not torch.autograd.profiler._is_profiler_enabled
-    )
-
-
-# What a torch must have for the question to be answered; without it every call takes the operator.
-_ASKED = (
-    (torch._C, "_len_torch_dispatch_stack"),
-    (torch._C, "_is_torch_function_mode_enabled"),
-    (torch._C, "_dispatch_tls_is_dispatch_key_excluded"),
-    (torch._C, "_get_tracing_state"),
-    (torch._C._functorch, "peek_interpreter_stack"),
-    (torch.autograd.forward_ad, "_current_level"),
-    (torch.autograd.profiler, "_is_profiler_enabled"),
-)
-_CAN_ASK = all(hasattr(owner, name) for owner, name in _ASKED)
+# Without it every call takes the operator.
+_CAN_ASK = CAN_ASK and hasattr(torch._C, "_dispatch_tls_is_dispatch_key_excluded")
 
 
 def is_plain_eager(x: Tensor) -> bool:
@@ -52,7 +31,13 @@ def is_plain_eager(x: Tensor) -> bool:
     ``torch.compiler.is_compiling()`` is the caller's to ask, so that the compiler can fold it. False on a torch that
     lacks one of the (private) questions asked.
     """
-    return _CAN_ASK and _is_plain_eager(x)
+    return (
+        _CAN_ASK
+        and type(x) is Tensor
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and torch._C._dispatch_tls_is_dispatch_key_excluded(_AUTOCAST_CPU)  # excluded where autocast is off
+        and nothing_watches()
+    )
 
 
 class EagerPlan:
