@@ -4,12 +4,14 @@
 #   PYTHON=python3.12    the interpreter that .venv is made with
 #   TORCH=torch==2.6.0   the torch to install
 #   TORCH_INDEX=URL      where to get it: PyTorch's CPU index saves a download of several GB on Linux
-#   ARGS="-k static"     handed on to pytest, `pycompress demo` or the benchmark
+#   ARGS="-k static"     handed on to pytest, `pycompress demo` or the benchmarks
+#   BENCH=distill_loss   the benchmarks to run, by default all
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 VENV ?= .venv
 ARGS ?=
+BENCH ?= int8_matmul distill_loss
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --quiet --disable-pip-version-check
@@ -25,9 +27,10 @@ CPP := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp tests/cpp/*.h tests/cpp/*.c
 
 help:
 	@echo "make demo      a real sentence encoder, fp32 against int8, side by side"
+	@echo "               ARGS=distill: a student taught by a teacher, and what the loss costs"
 	@echo "make test      the test suite"
 	@echo "make cpp-test  the C++ tests, with address and undefined-behaviour sanitizers"
-	@echo "make bench     int8_matmul against torch, torchao, ONNX Runtime and OpenVINO"
+	@echo "make bench     every operation against torch and who else computes it; BENCH=distill_loss runs one"
 	@echo "make lint      ruff, mypy, clang-format;  make format  rewrites"
 	@echo "make wheel     a wheel in dist/"
 	@echo "make clean     removes what was built;    make distclean  .venv too"
@@ -39,7 +42,7 @@ test: $(VENV)/.test
 	$(PY) -m pytest $(ARGS)
 
 bench: $(VENV)/.bench
-	$(VENV)/bin/pycompress bench int8_matmul $(ARGS)
+	set -e; for name in $(BENCH); do $(VENV)/bin/pycompress bench $$name $(ARGS); done
 
 cpp-test: $(VENV)/.tools
 	$(VENV)/bin/cmake -S . -B build/cpp-test -G Ninja --log-level=WARNING \

@@ -3,6 +3,7 @@
 import gc
 import runpy
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -13,7 +14,8 @@ import torch
 from pycompress import ops
 from pycompress.bench import int8_matmul, int8_matmul_run, roofline, timing
 from pycompress.bench import int8_matmul_summary as summary
-from pycompress.bench.int8_matmul_providers import PROVIDERS, TOLERANCE, Bound, Layer, Provider, choose
+from pycompress.bench.int8_matmul_providers import PROVIDERS, TOLERANCE, Bound, Layer, Provider
+from pycompress.bench.provider import choose
 from pycompress.bench.rows import Row, commit, read_csv, timed, write_csv
 
 
@@ -58,6 +60,12 @@ def test_round_robin_gives_every_runner_a_burst_in_every_round() -> None:
     assert gc.isenabled()
 
 
+def test_round_robin_gives_as_long_a_burst_as_is_asked_for() -> None:
+    runners = {"slow": timing.Runner(lambda: time.sleep(0.002), "")}
+    found = timing.time_round_robin(runners, seconds=0.0, probe=lambda: None, burst_seconds=0.0)
+    assert found.stats["slow"].samples == timing.MIN_ROUNDS
+
+
 def test_round_robin_turns_garbage_collection_on_again_after_an_error() -> None:
     attempts = iter(range(3))  # two estimates, the untimed call, then StopIteration
     with pytest.raises(StopIteration):
@@ -86,6 +94,12 @@ def test_csv_of_another_version_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text(text)
     with pytest.raises(ValueError, match=r"missing \['fraction'\], unknown \['portion'\]"):
         read_csv(tmp_path / "rows.csv")
+
+
+def test_result_files_older_than_a_column_are_read() -> None:
+    published = read_csv(Path(__file__).parent.parent / "benchmarks" / "results" / "int8_matmul.csv")
+    assert published
+    assert {(r.options, r.extra_mb) for r in published} == {("", None)}
 
 
 def test_only_whole_layers_with_a_time_count() -> None:
@@ -119,10 +133,10 @@ def test_provider_computes_the_layer(provider: Provider, m: int, k: int, n: int)
 
 
 def test_choose_by_beginning_and_refuse_the_unknown() -> None:
-    assert [p.name for p in choose(["pycompress"])] == [p.name for p in PROVIDERS[:3]]
-    assert choose([]) == list(PROVIDERS)
+    assert [p.name for p in choose(PROVIDERS, ["pycompress"])] == [p.name for p in PROVIDERS[:3]]
+    assert choose(PROVIDERS, []) == list(PROVIDERS)
     with pytest.raises(ValueError, match="'tensorflow'; choose among: pycompress-dynamic"):
-        choose(["tensorflow"])
+        choose(PROVIDERS, ["tensorflow"])
 
 
 def test_exact_sums_notices_one_wrong_integer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,10 @@ import torch
 
 from pycompress import _native
 from pycompress.bench import int8_matmul_summary as summary
-from pycompress.bench.int8_matmul_providers import PROVIDERS, choose
+from pycompress.bench.int8_matmul_providers import PROVIDERS
 from pycompress.bench.int8_matmul_run import Shape, run_all
+from pycompress.bench.options import add_common, counts
+from pycompress.bench.provider import choose
 from pycompress.bench.rows import Row, read_csv, timed, write_csv
 
 BERT_BASE: tuple[Shape, ...] = ((768, 768), (768, 3072), (3072, 768))
@@ -80,14 +82,6 @@ def report(rows: Sequence[Row], out: Path) -> None:
     print(summary.text(rows))
 
 
-def counts(text: str) -> list[int]:
-    """ "1,16" -> [1, 16]; ValueError, which argparse reports, for anything but positive whole numbers."""
-    values = [int(part) for part in text.split(",")]
-    if min(values) < 1:
-        raise ValueError(f"{text!r}: expected positive whole numbers")
-    return values
-
-
 def shapes(text: str) -> list[Shape]:
     """ "768x3072,384x384" -> [(768, 3072), (384, 384)]; ValueError as above."""
     pairs = [counts(part.replace("x", ",")) for part in text.lower().split(",")]
@@ -95,7 +89,6 @@ def shapes(text: str) -> list[Shape]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     names = ", ".join(p.name for p in PROVIDERS)
     parser = argparse.ArgumentParser(
         prog="pycompress bench int8_matmul",
@@ -106,18 +99,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="two layers, M = 1, 16, 128; under a minute")
     add("--shapes", type=shapes, metavar="KxN,...", help="default: MiniLM, BERT-base, a 4096-wide model")
     add("--tokens", type=counts, metavar="M,...", help=f"default: {','.join(map(str, TOKENS))}")
-    add("--threads", type=counts, metavar="T,...", default=sorted({1, min(2, cores)}), help="default: 1,2")
-    add("--providers", type=lambda text: text.split(","), default=[], help="names or their beginnings")
-    add(
-        "--seconds",
-        type=float,
-        help=f"of timing per case; default: {CELL_SECONDS:g}, quick {QUICK_SECONDS:g}",
-    )
     add("--avx2", action=flag, help="also M >= 64 held to AVX2, in a second process; default: in a full run")
-    add("--report", action=flag, default=True, help="tables, plot and summary besides the CSV")
-    add("--out", type=Path, default=Path("bench-out"), help="folder for int8_matmul.csv, .md and .png")
-    add("--from", dest="source", type=Path, metavar="CSV", help="measure nothing, report from this file")
-    add("--list", action="store_true", help="list the providers and the versions installed")
+    add_common(parser, "int8_matmul", CELL_SECONDS, QUICK_SECONDS)
     return parser
 
 
@@ -126,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(argv)
     try:
-        providers = choose(options.providers)
+        providers = choose(PROVIDERS, options.providers)
         source = read_csv(options.source) if options.source else []
     except (ValueError, OSError) as error:
         parser.error(str(error))

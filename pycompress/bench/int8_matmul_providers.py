@@ -7,16 +7,16 @@ Bound.run()                          the timed call;  Bound.output() -> (M, N), 
 
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib import metadata, util
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pycompress import _native, ops
+from pycompress import ops
+from pycompress.bench.provider import BaseProvider
 from pycompress.nn import Int8Linear
 
 
@@ -46,11 +46,10 @@ Bind = Callable[[Tensor], Bound]
 
 
 @dataclass(frozen=True)
-class Provider:
+class Provider(BaseProvider):
     """One way to compute the layer.
 
-    peak names the field of peaks.Peaks that limits it; pool its thread pool; requires the modules it needs,
-    the one that gives its version first.
+    peak names the field of peaks.Peaks that limits it; pool its thread pool.
     """
 
     name: str
@@ -61,22 +60,6 @@ class Provider:
     covers: str = "layer"
     requires: tuple[str, ...] = ("torch",)
     pool: str = "openmp"
-
-    @property
-    def missing(self) -> str:
-        """Names of the modules that are not installed; empty when the provider can run."""
-        return ", ".join(m for m in self.requires if util.find_spec(m) is None)
-
-    @property
-    def version(self) -> str:
-        return "" if self.missing else metadata.version(self.requires[0])
-
-    @property
-    def isa(self) -> str:
-        """Known for pycompress and torch; the other runtimes choose for themselves and do not say."""
-        if self.name.startswith("pycompress"):
-            return _native.selected_isa()
-        return torch.backends.cpu.get_cpu_capability().lower() if self.name.startswith("torch") else ""
 
 
 # Bounds on Row.error. int8: 7-bit activations and one scale for all (torch quantize_dynamic) give 0.015.
@@ -248,12 +231,3 @@ PROVIDERS: tuple[Provider, ...] = (
     Provider("onnxruntime", "cpu", _onnxruntime, requires=("onnxruntime", "onnx"), pool="onnxruntime"),
     Provider("openvino", "cpu", _openvino, requires=("openvino",), pool="openvino"),
 )
-
-
-def choose(names: Sequence[str]) -> list[Provider]:
-    """Providers whose name begins with one of `names`, or all; ValueError for a name that fits none."""
-    for name in names:
-        if not any(p.name.startswith(name) for p in PROVIDERS):
-            known = ", ".join(p.name for p in PROVIDERS)
-            raise ValueError(f"unknown provider {name!r}; choose among: {known}")
-    return [p for p in PROVIDERS if not names or p.name.startswith(tuple(names))]

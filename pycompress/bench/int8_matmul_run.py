@@ -1,9 +1,8 @@
 """Measures the cases of int8_matmul: the shared data, the checks before timing, and the rows."""
 
-import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from statistics import median
 
@@ -13,7 +12,8 @@ from torch import Tensor
 from pycompress import ops, peaks
 from pycompress.bench import int8_matmul_summary as summary
 from pycompress.bench.int8_matmul_providers import TOLERANCE, Bind, Bound, Layer, Provider
-from pycompress.bench.rows import Row, commit, device_name
+from pycompress.bench.provider import Machine, failure
+from pycompress.bench.rows import Row
 from pycompress.bench.timing import Runner, time_round_robin
 
 Shape = tuple[int, int]  # K, N
@@ -67,31 +67,6 @@ def sums_are_exact(weight: Tensor) -> bool:
     return torch.equal(y, (x.double() @ q.double().t()).float())
 
 
-@dataclass(frozen=True)
-class Machine:
-    """What is the same in every row of one run."""
-
-    device: str
-    llc_mib: float
-    commit: str
-
-    def row(self, provider: Provider, **fields: object) -> Row:
-        row = Row(
-            "int8_matmul",
-            provider.name,
-            provider.backend,
-            "" if provider.missing else provider.isa,
-            provider.dtype,
-            provider.covers,
-            version=provider.version,
-            device=self.device,
-            llc_mib=self.llc_mib,
-            commit=self.commit,
-            forced_isa=os.environ.get("PYCOMPRESS_ISA", ""),
-        )
-        return replace(row, **fields)  # type: ignore[arg-type]
-
-
 def time_case(bound: dict[Provider, Bound], case: Case, seconds: float) -> dict[Provider, dict[str, object]]:
     """Times the providers of one case in turns with the peaks of the machine. Returns fields of rows."""
     threads, m, k, n = case
@@ -121,10 +96,6 @@ def time_case(bound: dict[Provider, Bound], case: Case, seconds: float) -> dict[
     return found
 
 
-def _failure(error: Exception) -> str:
-    return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
-
-
 def run_layer(
     machine: Machine,
     providers: Sequence[Provider],
@@ -141,7 +112,7 @@ def run_layer(
         try:
             binds[provider] = provider.build(data.layer, threads)
         except Exception as raised:  # whatever a foreign runtime raises is its result, and is reported as such
-            failed[provider] = _failure(raised)
+            failed[provider] = failure(raised)
     exact = "yes" if sums_are_exact(data.layer.weight) else "no"
 
     for m in tokens:
@@ -151,7 +122,7 @@ def run_layer(
                 call = bind(data.x[:m])
                 errors[provider] = relative_error(call.output(), data.y64[:m])
             except Exception as raised:  # as above
-                status[provider] = _failure(raised)
+                status[provider] = failure(raised)
                 continue
             if errors[provider] <= TOLERANCE[provider.dtype]:  # False for NaN
                 bound[provider] = call
@@ -159,7 +130,10 @@ def run_layer(
         times = time_case(bound, (threads, m, k, n), seconds) if bound else {}
         yield [
             machine.row(
+                "int8_matmul",
                 provider,
+                provider.dtype,
+                provider.covers,
                 threads=threads,
                 M=m,
                 K=k,
@@ -180,9 +154,11 @@ def run_all(
     seconds: float,
 ) -> Iterator[Row]:
     """Runs every (shape, tokens) of `cases` on every thread count. Absent providers get one row each."""
-    machine = Machine(device_name(), peaks.last_level_cache_bytes() / 2**20, commit())
+    machine = Machine.here()
     present = [p for p in providers if not p.missing]
-    yield from (machine.row(p, status=f"not installed: {p.missing}") for p in providers if p.missing)
+    for p in providers:
+        if p.missing:
+            yield machine.row("int8_matmul", p, p.dtype, p.covers, status=f"not installed: {p.missing}")
     previous = torch.get_num_threads()
     try:
         for shape, tokens in cases:

@@ -2,10 +2,10 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from statistics import median
 
+from pycompress.bench.figures import HEAD, Figure, bold, fastest, grid, heading, n_threads, not_ok, restless, us
 from pycompress.bench.rows import Row, timed
 from pycompress.bench.timing import geomean
 
@@ -28,8 +28,8 @@ _PEAKS = {
     "read_gbps": "read {:.0f} GB/s",
 }
 _TABLE_TOKENS = (1, 16, 128, 1024)
-# Of p80 over p20, and of the fraction of a compute peak: beyond these the measurement is at fault.
-_RESTLESS, _IMPOSSIBLE = 1.5, 1.05
+# Of the fraction of a compute peak: beyond it the measurement is at fault.
+_IMPOSSIBLE = 1.05
 _OF_PEAK = "Of peak: of the VNNI peak, or of memory bandwidth for M = 1 (above 1: the weight stays in cache)."
 
 Case = tuple[int, int, int, int]  # threads, M, K, N
@@ -45,27 +45,14 @@ def by_case(rows: Sequence[Row]) -> dict[Case, list[Row]]:
     return cases
 
 
-def fastest(rows: Sequence[Row], prefix: str) -> Row | None:
-    return min((r for r in rows if r.provider.startswith(prefix)), key=_us, default=None)
-
-
 def fastest_torch(rows: Sequence[Row]) -> Row | None:
     """The best whole layer that torch has: any dtype, any engine, torchao."""
     return fastest([r for r in rows if r.provider.startswith("torch")], "")
 
 
-def _us(row: Row) -> float:
-    assert row.p50_us is not None
-    return row.p50_us
-
-
-def _count(threads: int) -> str:
-    return f"{threads} thread{'s' * (threads > 1)}"
-
-
 def _label(case: Case) -> str:
     threads, m, k, n = case
-    return f"{m} x {k} x {n}, {_count(threads)}"
+    return f"{m} x {k} x {n}, {n_threads(threads)}"
 
 
 def progress_line(rows: Sequence[Row]) -> str:
@@ -74,26 +61,14 @@ def progress_line(rows: Sequence[Row]) -> str:
     done = timed(rows)
     if (ours := fastest(done, OURS)) is not None:
         share = "" if ours.fraction is None else f", {ours.fraction:.2f} of {ours.peak_kind}"
-        parts.append(f"{OURS} {_us(ours):.1f} us, {ours.gop_s:.0f} GOP/s{share};")
+        parts.append(f"{OURS} {us(ours):.1f} us, {ours.gop_s:.0f} GOP/s{share};")
     if (other := fastest_torch(done)) is not None:
-        parts.append(f"{other.provider} {_us(other):.1f} us")
+        parts.append(f"{other.provider} {us(other):.1f} us")
     parts += [f"[{r.provider}: {r.status}]" for r in rows if r.status != "ok"]
     return " ".join(parts)
 
 
 # ---- the figures to reach ----
-
-
-@dataclass(frozen=True)
-class Figure:
-    """`value` of each case that `applies`; the one `judged`, "worst" or "geomean", must reach it."""
-
-    what: str
-    reach: float
-    judged: str
-    applies: Applies
-    value: Value
-    forced_isa: str = ""
 
 
 def _fraction(rows: Sequence[Row]) -> float | None:
@@ -104,7 +79,7 @@ def _fraction(rows: Sequence[Row]) -> float | None:
 def _speedup(other: Callable[[Sequence[Row]], Row | None]) -> Value:
     def value(rows: Sequence[Row]) -> float | None:
         ours, theirs = fastest(rows, OURS), other(rows)
-        return None if ours is None or theirs is None else _us(theirs) / _us(ours)
+        return None if ours is None or theirs is None else us(theirs) / us(ours)
 
     return value
 
@@ -129,7 +104,7 @@ _vs_torch = _speedup(fastest_torch)
 _vs_dynamic = _speedup(lambda rows: fastest(rows, QUANTIZE_DYNAMIC))
 _vs_fp32 = _speedup(lambda rows: fastest(rows, "torch-fp32"))
 
-FIGURES: tuple[Figure, ...] = (
+FIGURES: tuple[Figure[Case], ...] = (
     Figure("of VNNI peak, M >= 128, K, N >= 384", 0.92, "worst", _tokens(128, 384), _fraction),
     Figure("of VNNI peak, M = 16, K, N >= 768", 0.85, "worst", _tokens(16, 768, 16), _fraction),
     Figure("x fastest torch layer, M >= 64", 1.2, "geomean", _tokens(64), _vs_torch),
@@ -148,30 +123,23 @@ def main_rows(rows: Sequence[Row]) -> list[Row]:
 
 def text(rows: Sequence[Row]) -> str:
     """The figures to reach: ratios of medians within one run, over all its shapes and thread counts."""
-    lines = [f"{'':46} {'reach':>6} {'geomean':>8} {'worst':>6}"]
-    lines += [_line(figure, rows) for figure in FIGURES]
+    kept = {"": by_case(main_rows(rows)), "avx2": by_case([r for r in rows if r.forced_isa == "avx2"])}
+    lines = [HEAD] + [figure.line(kept[figure.forced_isa], _label) for figure in FIGURES]
     sums = {r.exact_sums for r in rows if r.exact_sums}
     if sums:
         lines.append(f"integer sums exact in every layer measured: {'yes' if sums == {'yes'} else 'NO'}")
-    cases = [of_case for case, of_case in by_case(main_rows(rows)).items() if case[1] >= 16]
+    cases = [of_case for case, of_case in kept[""].items() if case[1] >= 16]
     winners = Counter(best.provider for of_case in cases if (best := fastest_torch(of_case)))
     shares = ", ".join(f"{name} ({count})" for name, count in winners.most_common())
     lines += [f"fastest torch layer, M >= 16: {shares}"] if shares else []
     lines += _doubts(rows)
-    for row in rows:
-        if row.status != "ok":
-            where = "" if row.threads is None else f", {_label(row.case)}"
-            lines.append(f"{row.provider}{where}: {row.status}")
+    lines += not_ok(rows, lambda r: "" if r.threads is None else f", {_label(r.case)}")
     return "\n".join(lines)
 
 
 def _doubts(rows: Sequence[Row]) -> list[str]:
     """Why these rows should not be believed, if so."""
-    doubts = []
-    ours = [r for r in timed(rows) if r.provider == OURS]
-    restless = sum(1 for r in ours if r.p20_us and r.p80_us and r.p80_us > _RESTLESS * r.p20_us)
-    if 10 * restless > len(ours):
-        doubts.append(f"p80 > {_RESTLESS} x p20 in {restless} of {len(ours)} cases: the machine is busy")
+    doubts = restless([r for r in timed(rows) if r.provider == OURS])
     found = [(r.fraction, r) for r in [*timed(rows), *timed(rows, "product")] if r.fraction and r.M != 1]
     above = [(share, r) for share, r in found if share > _IMPOSSIBLE]
     if above:
@@ -179,22 +147,6 @@ def _doubts(rows: Sequence[Row]) -> list[str]:
         most = f"{row.provider} {share:.2f} of it at {_label(row.case)}"
         doubts.append(f"above the peak: {len(above)} of {len(found)} rows, {most}; it was measured too low")
     return doubts
-
-
-def _line(figure: Figure, rows: Sequence[Row]) -> str:
-    group = [r for r in rows if r.forced_isa == "avx2"] if figure.forced_isa else main_rows(rows)
-    values = [
-        (value, case)
-        for case, of_case in by_case(group).items()
-        if figure.applies(case, of_case) and (value := figure.value(of_case)) is not None
-    ]
-    start = f"{figure.what:46} {figure.reach:6.2f}"
-    if not values:
-        return f"{start} {'-':>8} {'-':>6}  not measured"
-    mean, (worst, where) = geomean([v for v, _ in values]), min(values)
-    reached = (mean if figure.judged == "geomean" else worst) >= figure.reach
-    verdict = f"{'reached' if reached else 'MISSED'} by the {figure.judged}"
-    return f"{start} {mean:8.2f} {worst:6.2f}  {verdict}; worst at {_label(where)}"
 
 
 # ---- tables ----
@@ -212,32 +164,19 @@ def tables(rows: Sequence[Row]) -> str:
 
 def _machine(rows: Sequence[Row]) -> str:
     done = timed(rows)
-    first = done[0]
-    versions = dict.fromkeys(f"{_library(r.provider)} {r.version}" for r in rows if r.version)
-    cache = f", last-level cache {first.llc_mib:.0f} MiB" if first.llc_mib else ""
-    lines = [f"{first.device}{cache}; commit {first.commit}; {', '.join(versions)}."]
+    lines = [heading(done, rows)]
     for threads in sorted({r.threads for r in done if r.threads}):
         peaks = []
         for kind, shown in _PEAKS.items():
             found = [r.peak for r in done if r.peak_kind == kind and r.threads == threads and r.peak]
             peaks += [shown.format(median(found))] if found else []
-        lines.append(f"Measured peaks, {_count(threads)}: {', '.join(peaks)}.")
+        lines.append(f"Measured peaks, {n_threads(threads)}: {', '.join(peaks)}.")
     absent = [r.provider for r in rows if r.status.startswith("not installed")]
     return "\n".join(lines + ([f"Not installed: {', '.join(absent)}."] if absent else []))
 
 
-def _library(provider: str) -> str:
-    return "torch" if provider.startswith("torch-") else provider.split("-")[0]
-
-
-def _bold(us: float, best: float) -> str:
-    shown = f"{us:.1f}" if us < 100 else f"{us:.0f}"
-    return f"**{shown}**" if us == best else shown
-
-
-def _grid(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    rule = ["---:" for _ in head]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *body))
+def _shown(us: float) -> str:
+    return f"{us:.1f}" if us < 100 else f"{us:.0f}"
 
 
 def _speedups(cases: dict[Case, list[Row]]) -> str:
@@ -257,7 +196,7 @@ def _speedups(cases: dict[Case, list[Row]]) -> str:
             line.append(shown.format(geomean(found)) if found else "-")
         body.append(line)
     title = "How many times faster the dynamic int8 layer of pycompress is; geometric mean over the layers. "
-    return title + _OF_PEAK + "\n\n" + _grid(["threads", "M", "of peak", *rivals], body)
+    return title + _OF_PEAK + "\n\n" + grid(["threads", "M", "of peak", *rivals], body)
 
 
 def _medians(cases: dict[Case, list[Row]]) -> str:
@@ -268,9 +207,9 @@ def _medians(cases: dict[Case, list[Row]]) -> str:
         if count != threads or m not in _TABLE_TOKENS:
             continue
         found = [fastest(cases[case], prefix) for prefix in PLOTTED.values()]
-        best = min(_us(r) for r in found if r)
-        cells = ["-" if r is None else _bold(_us(r), best) for r in found]
+        best = min(us(r) for r in found if r)
+        cells = ["-" if r is None else bold(_shown(us(r)), us(r) == best) for r in found]
         share = _fraction(cases[case])
         body.append([f"{k}×{n}", str(m), *cells, "-" if share is None else f"{share:.2f}"])
-    title = f"Median µs of one layer (K×N) for M tokens, {_count(threads)}. "
-    return title + _OF_PEAK + "\n\n" + _grid(["K×N", "M", *PLOTTED, "of peak"], body)
+    title = f"Median µs of one layer (K×N) for M tokens, {n_threads(threads)}. "
+    return title + _OF_PEAK + "\n\n" + grid(["K×N", "M", *PLOTTED, "of peak"], body)

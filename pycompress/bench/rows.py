@@ -23,19 +23,24 @@ class Row:
     op, provider, backend   which implementation: "int8_matmul", "torch-quantize_dynamic-x86", "x86"
     isa                     the instruction set it is known to use; empty where the provider does not say
     dtype                   int8 (weights and activations), int8-weight, fp32, bf16
-    covers                  "layer", or "product": the integer product without quantising, scales and bias
-    M, N, K, threads        the case; None for a provider that is absent
+    covers                  "layer", or "product": the integer product without quantising, scales and bias;
+                            of a loss "forward" (nobody wants a gradient) or "forward+backward"
+    M, N, K, threads        the case; None for a provider that is absent. Of a loss: M tokens, N classes,
+                            K the width of the hidden states, None where it is given logits
     p20_us, p50_us, p80_us  quantiles of one call over `samples` calls
-    gop_s, gb_s             2·M·N·K, and bytes of weight, x and y, per second of the median call
+    gop_s, gb_s             2·M·N·K, and bytes of weight, x and y, per second of the median call; of a loss given
+                            logits, the exponentials and the bytes that its floor counts (distill_loss_run.py)
     peak, peak_kind         the machine's limit, measured between the bursts: GOP/s, or GB/s for read_gbps
     fraction                of that peak; above 1 for read_gbps when the weight stays in cache
-    error                   ‖y - y64‖ / ‖y64‖ against float64, before timing
+    error                   ‖y - y64‖ / ‖y64‖ against float64, before timing; of a loss and of its gradients the worst
     exact_sums              yes or no where the integers were compared one by one
     status                  ok | wrong | failed: why | not installed: what
     version                 of the provider's library
     forced_isa              PYCOMPRESS_ISA of the process that timed it
     device, llc_mib         name of the CPU, size of its last-level cache
     commit                  of the checkout, with "+" when it had changes; else the version of pycompress
+    options                 of a loss: what it computes
+    extra_mb                1e6 bytes of memory that one call needed at most besides its inputs, where measured
     """
 
     op: str
@@ -66,6 +71,8 @@ class Row:
     llc_mib: float | None = None
     commit: str = ""
     forced_isa: str = ""
+    options: str = ""
+    extra_mb: float | None = None
 
     @property
     def case(self) -> tuple[int, int, int, int]:
@@ -75,6 +82,10 @@ class Row:
         assert self.K is not None
         assert self.N is not None
         return self.threads, self.M, self.K, self.N
+
+
+# Columns younger than the first result files; a file without them holds rows where they are empty.
+_LATER = {"options", "extra_mb"}
 
 
 def write_csv(path: Path, rows: Iterable[Row]) -> None:
@@ -90,9 +101,9 @@ def read_csv(path: Path) -> list[Row]:
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         expected, found = {f.name for f in fields(Row)}, set(reader.fieldnames or ())
-        if expected != found:
+        if found | _LATER != expected:
             raise ValueError(
-                f"{path}: columns do not match this version: missing {sorted(expected - found)}, "
+                f"{path}: columns do not match this version: missing {sorted(expected - found - _LATER)}, "
                 f"unknown {sorted(found - expected)}; measure again, or use the version that wrote it"
             )
         hints = typing.get_type_hints(Row)

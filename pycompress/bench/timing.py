@@ -79,11 +79,19 @@ def _timed(run: Callable[[], object]) -> float:
 
 
 def time_round_robin(
-    runners: Mapping[str, Runner], *, seconds: float, probe: Callable[[], T], seed: int = 0
+    runners: Mapping[str, Runner],
+    *,
+    seconds: float,
+    probe: Callable[[], T],
+    seed: int = 0,
+    burst_seconds: float = BURST_SECONDS,
 ) -> Timing[T]:
-    """Times the runners for about `seconds`, at least MIN_ROUNDS rounds; calls `probe` once in each round."""
+    """Times the runners for about `seconds`, at least MIN_ROUNDS rounds; calls `probe` once in each round.
+
+    burst_seconds: how long a runner goes on in each round, at least one call.
+    """
     cost = {name: min(_timed(r.run), _timed(r.run)) for name, r in runners.items()}
-    burst = {name: max(1, min(MAX_BURST, math.ceil(BURST_SECONDS / max(c, 1e-9)))) for name, c in cost.items()}
+    burst = {name: max(1, min(MAX_BURST, math.ceil(burst_seconds / max(c, 1e-9)))) for name, c in cost.items()}
     probe_cost = _timed(probe)
     per_round = probe_cost + sum(c * (burst[n] + (c < WARM_UP_BELOW_SECONDS)) for n, c in cost.items())
     rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / per_round)))
