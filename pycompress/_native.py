@@ -35,8 +35,8 @@ def cpu_features() -> list[str]:
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """``torch.empty`` on the CPU, for results that a training step makes anew each time; dtype: of DTYPE_CODES.
 
-    Fresh memory of 32 MB and more comes as pages that the system clears when they are first written, which takes as
-    long as the loss that fills them. From that size on it is memory of an earlier such tensor, where there is one:
+    Fresh memory of some size comes as pages that the system clears when they are first written, which takes as
+    long as the loss that fills them. From 8 MB on it is memory of an earlier such tensor, where there is one:
     up to two blocks are kept, and the system may have their pages back when it runs short (MADV_FREE).
     """
     if math.prod(shape) * dtype.itemsize < _C.POOL_SMALLEST:

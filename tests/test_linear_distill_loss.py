@@ -16,7 +16,7 @@ from torch import Tensor
 from pycompress import ops
 from pycompress.bench import memory
 from pycompress.ops import linear_distill_loss
-from pycompress.ops.linear_distill_loss_chunks import _BLOCK
+from pycompress.ops import linear_distill_loss_chunks as chunks
 from tests.linear_distill_oracle import NAMES, ROUNDOFF, Answer, Problem, composed, problem, truth
 
 BACKENDS = ("native", "reference")
@@ -89,8 +89,11 @@ def test_against_float64(capped: bool, divergence: str, dtype: torch.dtype, back
 @every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 @pytest.mark.parametrize("bias", [False, True])
-def test_more_classes_than_a_block(bias: bool, dtype: torch.dtype, backend: str) -> None:
-    of = problem((9,), 2 * _BLOCK + 3, 24, dtype, bias=bias, student_softcap=5.0, temperature=1.5, chunk_tokens=4)
+def test_more_classes_than_a_block(
+    bias: bool, dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunks, "_BLOCK_BYTES", 0)  # the smallest, of 256 classes
+    of = problem((9,), 2 * 256 + 3, 24, dtype, bias=bias, student_softcap=5.0, temperature=1.5, chunk_tokens=4)
     check(of, run(of, backend=backend))
 
 

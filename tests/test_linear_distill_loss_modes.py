@@ -37,9 +37,10 @@ def test_compiled_without_reduction(softcap: float | None) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_autocast(reduction: str, dtype: torch.dtype) -> None:
+def test_autocast(reduction: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Products in autocast's dtype or a wider one; gradients in the parameters' own, and not rounded to it."""
-    of = problem((23,), 1100, chunk_tokens=6, reduction=reduction)
+    monkeypatch.setattr(chunks, "_BLOCK_BYTES", 0)  # the smallest, of 256 classes
+    of = problem((23,), 300, chunk_tokens=6, reduction=reduction)
     of = Problem(of.tensors, of.labels, of.options, torch.randn(23) if reduction == "none" else None)
     with torch.autocast("cpu", dtype=dtype):
         got = run(of)
@@ -118,7 +119,8 @@ def test_a_cpu_without_products_of_16_bits(dtype: torch.dtype, monkeypatch: pyte
     def widened(head: Any, matmul_dtype: torch.dtype | None) -> torch.dtype:
         return torch.float32
 
-    of = problem((23,), 1100, dtype=dtype, chunk_tokens=6)
+    of = problem((23,), 300, dtype=dtype, chunk_tokens=6)
+    monkeypatch.setattr(chunks, "_BLOCK_BYTES", 0)  # the smallest, of 256 classes
     monkeypatch.setattr(chunks, "compute_dtype", widened)
     check(of, run(of, backend="reference"))
     check(of, run(of, backend="native"))

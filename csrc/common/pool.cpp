@@ -36,14 +36,14 @@ constexpr size_t kHugePage = size_t(2) << 20;
 #if defined(__linux__)
 
 // Aligned to a huge page, so that the whole block can consist of them.
-void* allocate(size_t bytes) {
+void* allocate(size_t bytes, size_t wanted) {
   void* const mapped = mmap(nullptr, bytes + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (mapped == MAP_FAILED) throw std::bad_alloc();
   char* const begin = static_cast<char*>(mapped);
   char* const data = begin + (kHugePage - reinterpret_cast<uintptr_t>(begin) % kHugePage) % kHugePage;
   if (data > begin) munmap(begin, size_t(data - begin));
   if (data < begin + kHugePage) munmap(data + bytes, size_t(begin + kHugePage - data));
-  advise_huge_pages(data, bytes);
+  advise_huge_pages(data, wanted / kHugePage * kHugePage);  // the rest in small pages: none is taken in vain
   return data;
 }
 
@@ -59,7 +59,7 @@ void offer(const Block& block) {
 
 #else
 
-void* allocate(size_t bytes) {
+void* allocate(size_t bytes, size_t) {
   void* const data = std::aligned_alloc(kHugePage, bytes);
   if (data == nullptr) throw std::bad_alloc();
   return data;
@@ -87,7 +87,7 @@ void* take(size_t bytes) {
     block = *best;
     p.kept.erase(best);
   } else {
-    block.data = allocate(rounded);
+    block.data = allocate(rounded, bytes);
   }
   p.taken.push_back(block);
   return block.data;

@@ -10,8 +10,8 @@
 
 namespace pycompress::pool {
 
-// From this size on; below it the C library keeps freed memory itself.
-constexpr size_t kSmallest = size_t(32) << 20;
+// From this size on. Up to 32 MB the C library may keep freed memory itself, but not when it lies at the heap's end.
+constexpr size_t kSmallest = size_t(8) << 20;
 constexpr size_t kKept = 2;
 
 // At least `bytes` bytes at kAlignment or better, contents undefined. Throws std::bad_alloc. Any thread may give back.
