@@ -44,8 +44,10 @@ class Chunk(NamedTuple):
     grad: Tensor | None
 
 
-def _block_length(width: int) -> int:
-    return max(256, _BLOCK_BYTES // (4 * max(width, 1)))
+def _block_length(head: Head, dtype: torch.dtype) -> int:
+    """Classes in a block. Half where blocks are converted on the way: the copies are memory besides."""
+    converted = head.weight.dtype != dtype or dtype.itemsize < 4
+    return max(256, _BLOCK_BYTES // (4 * max(head.weight.shape[1], 1)) // (2 if converted else 1))
 
 
 RowLoss = Callable[[Options, Chunk], None]
@@ -75,7 +77,7 @@ class _Classifier:
         hidden = head.hidden
         self.rows = hidden.reshape(hidden.shape[:-1].numel(), hidden.shape[-1])
         self.head, self.classes, self.dtype = head, classes, compute_dtype(head, matmul_dtype)
-        self.block = _block_length(hidden.shape[-1]) if hidden.device.type == "cpu" else classes
+        self.block = _block_length(head, self.dtype) if hidden.device.type == "cpu" else classes
         self.buffer = hidden.new_empty(0, dtype=self.dtype)
 
     def reserve(self, tokens: int) -> None:
