@@ -78,7 +78,7 @@ const char* kernel_name();
 // ---- what a kernel file provides -------------------------------------------------------------------------------
 //
 // A kernel works on one chunk: at most kChunk neighbouring classes of one row, contiguous, s and t of one dtype. It is
-// vector code only; rows, threads, sums over chunks and the constants of a row are distill_loss.cpp and row.cpp.
+// vector code only; rows, threads, sums over chunks and the constants of a row are elsewhere (problem.h, row.h).
 // Logits enter as s' = (s - s_max) * scale, scale = log2(e) / tau, so that 2^s' = exp((s - s_max) / tau); t' likewise.
 
 constexpr int64_t kChunk = 4096;  // s, t and the gradient of a chunk fit the first-level cache

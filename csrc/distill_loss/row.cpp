@@ -16,8 +16,6 @@ double not_negative(double d) { return d < 0 ? 0 : d; }
 
 bool positive(double z) { return z > 0 && z < kInfinity; }
 
-double base_of(float max) { return max == -std::numeric_limits<float>::infinity() ? 0 : double(max); }
-
 // Whether powers relative to `ref` sum to something that counts next to the largest logit: less than 2^-126 of it is 0,
 // as in the vector kernels.
 bool has_mass(const Formula& f, double powers, float ref, float top) {

@@ -8,6 +8,9 @@
 
 namespace pycompress::distill_loss {
 
+// What powers are relative to: Sums::s_max or t_max, and 0 where there is nothing but -infinity.
+inline double base_of(float max) { return max == -__builtin_inff() ? 0 : double(max); }
+
 // What the rows of a call have in common.
 struct Formula {
   Divergence divergence;

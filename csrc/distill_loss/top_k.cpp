@@ -57,8 +57,6 @@ Class divergence_of(const Formula& f, Probability p, Probability q) {
   return c;
 }
 
-double base_of(float max) { return max == -std::numeric_limits<float>::infinity() ? 0 : double(max); }
-
 struct Teacher {
   double sum = 0, largest = -kInfinity;  // of the k probabilities, and the largest of their logarithms
 };

@@ -38,12 +38,12 @@ torch and runs on any device.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from pycompress.ops.backend import Backend, Backends
 from pycompress.ops.distill_loss_autograd import is_plain_eager, refuse_second_order, run_eager, scale_anew
 from pycompress.ops.distill_loss_call import (
     Call,
@@ -60,39 +60,12 @@ from pycompress.ops.distill_loss_reference import reference_distill_loss
 # ---- backend table --------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Backend:
-    """One row of the table. ``missing(call)`` says why the backend cannot take the call, or None."""
-
-    name: str
-    missing: Callable[[Call], str | None]
-    run: Callable[[Call], Outputs]
-
-
-# Best first; "auto" takes the first that can. A backend that was named runs or raises.
-_TABLE = (
+_TABLE = Backends(
+    "distill_loss",
     Backend("native", native_missing, native_distill_loss),
     Backend("reference", lambda call: None, reference_distill_loss),
 )
-DISTILL_BACKENDS = ("auto", *(backend.name for backend in _TABLE))
-
-
-def pick(backend: str, call: Call) -> Backend:
-    for row in _TABLE:
-        if backend in ("auto", row.name):
-            reason = row.missing(call)
-            if reason is None:
-                return row
-            if backend != "auto":
-                raise ValueError(f"distill_loss: backend={backend!r} cannot run this: {reason}")
-    check_backend(backend)
-    raise AssertionError("the last row takes every call")
-
-
-def check_backend(backend: str) -> None:
-    """Raises ``ValueError`` for a name that is not in DISTILL_BACKENDS."""
-    if backend not in DISTILL_BACKENDS:
-        raise ValueError(f"distill_loss: backend={backend!r}, expected one of {', '.join(DISTILL_BACKENDS)}")
+DISTILL_BACKENDS, pick, check_backend = _TABLE.names, _TABLE.pick, _TABLE.check
 
 
 # ---- registration ---------------------------------------------------------------------------------------------

@@ -16,14 +16,12 @@ is ``csrc/int8_matmul/int8_matmul.h``; ``int8_matmul_reference.py`` is the same 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from pycompress import _C
 from pycompress._native import DTYPE_CODES
+from pycompress.ops.backend import Backend, Backends
 from pycompress.ops.int8_matmul_reference import Call, reference_int8_linear
 from pycompress.ops.int8_matmul_weight import aligned, pack_weight, unpack_weight
 from pycompress.ops.rows import row_layout
@@ -67,36 +65,16 @@ def native_plan(call: Call, packed: Tensor) -> _C.Int8Plan:
 # ---- backend table --------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Backend:
-    """One row of the table. ``missing(call)`` says why the backend cannot take the call, or None."""
-
-    name: str
-    missing: Callable[[Call], str | None]
-    run: Callable[[Call], Tensor]
-
-
 def _native_missing(call: Call) -> str | None:
     return None if call.x.device.type == "cpu" else f"x is on {call.x.device}, the native kernels run on the CPU"
 
 
-# Best first; "auto" takes the first that can. A backend that was named runs or raises.
-_TABLE = (
+_TABLE = Backends(
+    "int8_linear",
     Backend("native", _native_missing, _native_int8_linear),
     Backend("reference", lambda call: None, reference_int8_linear),
 )
-BACKENDS = ("auto", *(backend.name for backend in _TABLE))
-
-
-def pick(backend: str, call: Call) -> Backend:
-    for row in _TABLE:
-        if backend in ("auto", row.name):
-            reason = row.missing(call)
-            if reason is None:
-                return row
-            if backend != "auto":
-                raise ValueError(f"int8_linear: backend={backend!r} cannot run this: {reason}")
-    raise ValueError(f"int8_linear: backend={backend!r}, expected one of {', '.join(BACKENDS)}")
+BACKENDS, pick = _TABLE.names, _TABLE.pick
 
 
 # ---- checks ---------------------------------------------------------------------------------------------------

@@ -17,8 +17,6 @@ The gradient of the weight is summed in float32 whatever the dtype of the weight
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +24,7 @@ from torch import Tensor
 
 from pycompress._native import DTYPE_CODES
 from pycompress.ops import distill_loss_call
+from pycompress.ops.backend import Backend, Backends
 from pycompress.ops.distill_loss import DistillLossParts, check_backend
 from pycompress.ops.distill_loss_autograd import may_scale_in_place, refuse_second_order
 from pycompress.ops.distill_loss_native import run_kernel
@@ -34,15 +33,6 @@ from pycompress.ops.linear_distill_loss_call import Call, Head, Options, Outputs
 from pycompress.ops.linear_distill_loss_chunks import Chunk, accumulator, compute_dtype, run_chunks
 
 # ---- backend table --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Backend:
-    """One row of the table. ``missing(call)`` says why the backend cannot take the call, or None."""
-
-    name: str
-    missing: Callable[[Call], str | None]
-    row_loss: Callable[[Options, Chunk], None]
 
 
 def _native_missing(call: Call) -> str | None:
@@ -74,22 +64,12 @@ def _reference_row_loss(options: Options, chunk: Chunk) -> None:
         chunk.grad.copy_(out.grad_student)
 
 
-# Best first; "auto" takes the first that can. A backend that was named runs or raises.
-_TABLE = (
+# A backend turns the logits of one chunk into losses and gradients; run_chunks has the loop.
+_TABLE = Backends(
+    "linear_distill_loss",
     Backend("native", _native_missing, _native_row_loss),
     Backend("reference", lambda call: None, _reference_row_loss),
 )
-
-
-def pick(backend: str, call: Call) -> Backend:
-    for row in _TABLE:
-        if backend in ("auto", row.name):
-            reason = row.missing(call)
-            if reason is None:
-                return row
-            if backend != "auto":
-                raise ValueError(f"linear_distill_loss: backend={backend!r} cannot run this: {reason}")
-    raise AssertionError("the last row takes every call, and the name was checked")
 
 
 # ---- registration ---------------------------------------------------------------------------------------------
@@ -135,7 +115,7 @@ def _call(*args: Any) -> tuple[Call, str]:
 
 def _run(*args: Any) -> Outputs:
     call, backend = _call(*args)
-    return run_chunks(call, pick(backend, call).row_loss)
+    return run_chunks(call, _TABLE.pick(backend, call).run)
 
 
 def _fake(*args: Any) -> Outputs:
