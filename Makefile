@@ -11,7 +11,7 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 VENV ?= .venv
 ARGS ?=
-BENCH ?= int8_matmul distill_loss
+BENCH ?= int8_matmul distill_loss sparse_linear
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --quiet --disable-pip-version-check
@@ -27,6 +27,7 @@ CPP := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp tests/cpp/*.h tests/cpp/*.c
 
 help:
 	@echo "make demo      a real sentence encoder, fp32 against int8, side by side"
+	@echo "               ARGS=prune: the encoder pruned, and a classifier pruned while it trains"
 	@echo "               ARGS=distill: a student taught by a teacher, and what the loss costs"
 	@echo "make test      the test suite"
 	@echo "make cpp-test  the C++ tests, with address and undefined-behaviour sanitizers"

@@ -14,11 +14,13 @@
 #include "distill_loss/distill_loss.h"
 #include "int8_matmul/int8_matmul.h"
 #include "peaks/peaks.h"
+#include "sparse_linear/index_pack.h"
 
 namespace py = pybind11;
 namespace pc = pycompress;
 namespace dl = pycompress::distill_loss;
 namespace im = pycompress::int8_matmul;
+namespace sl = pycompress::sparse_linear;
 
 namespace {
 
@@ -31,6 +33,23 @@ template <class Enum>
 Enum to_enum(int value, int count, const char* what) {
   pc::check(value >= 0 && value < count, what, "=", value, " is unknown");
   return static_cast<Enum>(value);
+}
+
+// layout: M, K, inner_rows, outer_stride, row_stride, col_stride
+template <class Args>
+Args with_rows(Args a, uintptr_t x, const std::array<int64_t, 6>& layout, int dtype, uintptr_t y, int threads,
+               const char* what) {
+  a.x = pointer<const void>(x);
+  a.y = pointer<void>(y);
+  a.dtype = to_enum<pc::Dtype>(dtype, 3, what);
+  a.threads = threads;
+  a.m = layout[0];
+  a.k = layout[1];
+  a.inner_rows = layout[2];
+  a.outer_stride = layout[3];
+  a.row_stride = layout[4];
+  a.col_stride = layout[5];
+  return a;
 }
 
 // A layer's arguments but for x and y, as addresses that the caller keeps alive. A call then passes five integers,
@@ -55,27 +74,98 @@ class Int8Plan {
     run_strided(x, {m, k, m > 0 ? m : 1, 0, k, 1}, dtype, y, threads);
   }
 
-  // layout: M, K, inner_rows, outer_stride, row_stride, col_stride
   void run_strided(uintptr_t x, const std::array<int64_t, 6>& layout, int dtype, uintptr_t y, int threads) const {
-    im::Args a = args_;
-    a.x = pointer<const void>(x);
-    a.y = pointer<void>(y);
-    a.dtype = to_enum<pc::Dtype>(dtype, 3, "int8_matmul: dtype");
-    a.threads = threads;
-    a.m = layout[0];
-    a.k = layout[1];
-    a.inner_rows = layout[2];
-    a.outer_stride = layout[3];
-    a.row_stride = layout[4];
-    a.col_stride = layout[5];
+    const im::Args args = with_rows(args_, x, layout, dtype, y, threads, "int8_matmul: dtype");
     py::gil_scoped_release release;
-    im::run(a, prepared_);
+    im::run(args, prepared_);
   }
 
  private:
   im::Args args_;
   im::Prepared prepared_;
 };
+
+sl::Bitmap to_bitmap(uintptr_t bits, uintptr_t values, uintptr_t row_start, int64_t n, int64_t k, int weight_type) {
+  return {to_enum<sl::WeightType>(weight_type, 3, "sparse_linear: weight type"),
+          n,
+          k,
+          pointer<const uint8_t>(bits),
+          pointer<const void>(values),
+          pointer<const int64_t>(row_start)};
+}
+
+// As Int8Plan, for both forms of a pruned weight; index_bytes 0: there is no index form.
+class SparsePlan {
+ public:
+  SparsePlan(int weight_type, int64_t n, int64_t k, uintptr_t weight_scale, uintptr_t bias, int bias_dtype,
+             int activation, uintptr_t bits, uintptr_t values, uintptr_t row_start, uintptr_t index,
+             int64_t index_bytes)
+      : bitmap_(to_bitmap(bits, values, row_start, n, k, weight_type)) {
+    if (index != 0) {
+      index_ = sl::open_index(pointer<const void>(index), index_bytes);
+      pc::check(
+          index_.layout->type == bitmap_.type && index_.n == n && index_.k == k && index_.nnz == bitmap_.row_start[n],
+          "sparse_linear: the index form is of another weight: N=", index_.n, ", K=", index_.k, ", ", index_.nnz,
+          " kept, expected N=", n, ", K=", k, ", ", bitmap_.row_start[n], " kept; pack it again with pack_index");
+      kernel_ = &sl::index_kernel_for(index_);
+    }
+    args_.activation = to_enum<pc::Activation>(activation, 5, "sparse_linear: activation");
+    args_.weight_scale = pointer<const float>(weight_scale);
+    args_.bias = pointer<const void>(bias);
+    args_.bias_dtype = to_enum<pc::Dtype>(bias_dtype, 3, "sparse_linear: bias dtype");
+    args_.n = args_.ldy = n;
+  }
+
+  // x: contiguous [M,K]
+  void run_bitmap(uintptr_t x, int64_t m, int64_t k, int dtype, uintptr_t y, int threads) const {
+    run_bitmap_strided(x, {m, k, m > 0 ? m : 1, 0, k, 1}, dtype, y, threads);
+  }
+  void run_index(uintptr_t x, int64_t m, int64_t k, int dtype, uintptr_t y, int threads) const {
+    run_index_strided(x, {m, k, m > 0 ? m : 1, 0, k, 1}, dtype, y, threads);
+  }
+  void run_bitmap_strided(uintptr_t x, const std::array<int64_t, 6>& layout, int dtype, uintptr_t y,
+                          int threads) const {
+    const sl::Args args = with_rows(args_, x, layout, dtype, y, threads, "sparse_linear: dtype");
+    py::gil_scoped_release release;
+    sl::run_bitmap(args, bitmap_);
+  }
+  void run_index_strided(uintptr_t x, const std::array<int64_t, 6>& layout, int dtype, uintptr_t y, int threads) const {
+    pc::check(kernel_ != nullptr, "sparse_linear: this weight has no index form; pack it with pack_index");
+    const sl::Args args = with_rows(args_, x, layout, dtype, y, threads, "sparse_linear: dtype");
+    py::gil_scoped_release release;
+    sl::run_index(args, index_, *kernel_);
+  }
+
+ private:
+  sl::Args args_;
+  sl::Bitmap bitmap_;
+  sl::IndexWeight index_{};
+  const sl::IndexKernel* kernel_ = nullptr;
+};
+
+// The index form, which the caller keeps 64-byte aligned; empty where there is none.
+py::bytes pack_index(uintptr_t bits, uintptr_t values, uintptr_t row_start, int64_t n, int64_t k, int weight_type) {
+  const sl::Bitmap weight = to_bitmap(bits, values, row_start, n, k, weight_type);
+  std::vector<char> packed;
+  {
+    py::gil_scoped_release release;
+    packed = sl::pack_index(sl::best_index_kernel(weight.type).layout, weight);
+  }
+  return py::bytes(packed.data(), packed.size());
+}
+
+py::dict index_info(uintptr_t index, int64_t bytes) {
+  const sl::IndexWeight weight = sl::open_index(pointer<const void>(index), bytes);
+  py::dict out;
+  const sl::IndexKernel* kernel = sl::find_index_kernel(*weight.layout);
+  out["kernel"] = kernel == nullptr ? "" : kernel->name;  // packed for another instruction set
+  out["n"] = weight.n;
+  out["k"] = weight.k;
+  out["nnz"] = weight.nnz;
+  out["layout"] = weight.layout->id;
+  out["gather"] = weight.gather;
+  return out;
+}
 
 // address, dtype, rows, cols, inner_rows, outer_stride, row_stride, col_stride
 using RowsTuple = std::array<int64_t, 8>;
@@ -210,6 +300,22 @@ PYBIND11_MODULE(_C, m) {
   m.def("int8_unpack", [](uintptr_t packed, int64_t bytes, uintptr_t weight, int64_t ld) {
     py::gil_scoped_release release;
     im::unpack(im::open_packed(pointer<const void>(packed), bytes), pointer<int8_t>(weight), ld);
+  });
+
+  py::class_<SparsePlan>(m, "SparsePlan")
+      .def(py::init<int, int64_t, int64_t, uintptr_t, uintptr_t, int, int, uintptr_t, uintptr_t, uintptr_t, uintptr_t,
+                    int64_t>())
+      .def("run_bitmap", &SparsePlan::run_bitmap)
+      .def("run_index", &SparsePlan::run_index)
+      .def("run_bitmap_strided", &SparsePlan::run_bitmap_strided)
+      .def("run_index_strided", &SparsePlan::run_index_strided);
+  m.def("sparse_scan", [](uintptr_t bits, int64_t n, int64_t k, uintptr_t row_start) {
+    return sl::scan_bitmap(pointer<const uint8_t>(bits), n, k, pointer<int64_t>(row_start));
+  });
+  m.def("sparse_pack_index", &pack_index);
+  m.def("sparse_index_info", &index_info);
+  m.def("sparse_bitmap_kernel_name", [](int type) {
+    return std::string(sl::bitmap_kernel_name(to_enum<sl::WeightType>(type, 3, "sparse_linear: weight type")));
   });
 
   m.def("pooled_empty", &pooled_empty);

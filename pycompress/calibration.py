@@ -19,9 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pycompress.nn import Int8Linear
 from pycompress.ops import affine_qparams
-from pycompress.selection import FilterFn, ModuleMap, select
+from pycompress.selection import OURS, FilterFn, ModuleMap, select
 from pycompress.tracing import Shadow
 
 METHODS = ("minmax", "percentile", "mse")
@@ -117,9 +116,13 @@ def calibrate(
     happens. Raises ValueError when there is nothing to calibrate, no batch, or a layer's input has NaN or
     Inf.
     """
-    _check_arguments(batches, method, percentile)
+    if method not in METHODS:
+        raise ValueError(f"calibrate: unknown method {method!r}; expected one of {', '.join(METHODS)}")
+    if not 50 < percentile <= 100:
+        raise ValueError(f"calibrate: percentile={percentile}; expected 50 < percentile <= 100")
+    check_batches(batches, "calibrate")
     modules = ModuleMap(model)
-    layers = select(modules, Shadow(model, opaque=Int8Linear), op="calibrate", skip=skip, filter_fn=filter_fn)
+    layers = select(modules, Shadow(model, opaque=OURS), op="calibrate", skip=skip, filter_fn=filter_fn)
     chosen = [layer for layer in layers if not layer.reason]
     if not chosen:
         raise ValueError("calibrate: nothing to calibrate; quantize_ would swap no layer of this model")
@@ -127,13 +130,13 @@ def calibrate(
     observers = {layer.name: _Range() if method == "minmax" else _Histogram() for layer in chosen}
     handles = []
     count = 0
-    with _evaluating(model):
+    with evaluating(model):
         try:
             for layer in chosen:
                 hook = _observe(layer.name, observers[layer.name])
                 handles.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
             for batch in _with_progress(batches, progress):
-                _feed(model, batch)
+                feed(model, batch, "calibrate")
                 count += 1
         finally:
             for handle in handles:
@@ -145,7 +148,7 @@ def calibrate(
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode, no gradients, and none of torch's fused encoder paths, which would go past the hooks."""
     training = [(module, module.training) for module in model.modules()]
     fast_path = torch.backends.mha.get_fastpath_enabled()
@@ -160,15 +163,12 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
-def _check_arguments(batches: object, method: str, percentile: float) -> None:
-    if method not in METHODS:
-        raise ValueError(f"calibrate: unknown method {method!r}; expected one of {', '.join(METHODS)}")
-    if not 50 < percentile <= 100:
-        raise ValueError(f"calibrate: percentile={percentile}; expected 50 < percentile <= 100")
+def check_batches(batches: object, op: str) -> None:
+    """Raises TypeError where `batches` is no iterable of model inputs."""
     if isinstance(batches, (Tensor, Mapping, str)):
-        raise TypeError(f"calibrate: batches is one {type(batches).__name__}; expected an iterable, as [batch]")
+        raise TypeError(f"{op}: batches is one {type(batches).__name__}; expected an iterable, as [batch]")
     if not isinstance(batches, Iterable):
-        raise TypeError(f"calibrate: batches is a {type(batches).__name__}; expected an iterable of batches")
+        raise TypeError(f"{op}: batches is a {type(batches).__name__}; expected an iterable of batches")
 
 
 def _with_progress(batches: Iterable[Batch], progress: bool) -> Iterable[Batch]:
@@ -180,15 +180,15 @@ def _with_progress(batches: Iterable[Batch], progress: bool) -> Iterable[Batch]:
     return track(batches, description="calibrating", console=Console(stderr=True), transient=True)
 
 
-def _feed(model: nn.Module, batch: Batch) -> None:
+def feed(model: nn.Module, batch: Batch, op: str) -> Any:
+    """What the model returns for one batch of model inputs, as `calibrate` describes them."""
     if isinstance(batch, Tensor):
-        model(batch)
-    elif isinstance(batch, Mapping):
-        model(**batch)
-    elif isinstance(batch, (tuple, list)):
-        model(*batch)
-    else:
-        raise TypeError(f"calibrate: a batch is a {type(batch).__name__}; expected tensor, tuple, list or mapping")
+        return model(batch)
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, (tuple, list)):
+        return model(*batch)
+    raise TypeError(f"{op}: a batch is a {type(batch).__name__}; expected tensor, tuple, list or mapping")
 
 
 def _observe(name: str, observer: _Range) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:

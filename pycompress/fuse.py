@@ -102,7 +102,7 @@ def plan_fusions(modules: ModuleMap, layers: Iterable[Layer], shadow: Shadow) ->
         if activation_name(module) and (owner := modules.owner(module)) is not None:
             activations.setdefault(owner, []).append(module)
     for owner, group in groups.items():
-        if _is_transformer_layer(owner):
+        if is_transformer_layer(owner):
             _plan_transformer_layer(modules, owner, group, shadow, plan)
         elif owner in activations:
             _plan_owner(modules, owner, group, activations[owner], shadow, plan)
@@ -135,7 +135,7 @@ def _plan_owner(
         pair = (module, *(linears[name].module for name in feeding))
         why_not = _why_not(traces, feeding, activation) or _why_not_module(modules, module)
         why_not = why_not or next((r for n in feeding if (r := _other_method(owner, n, activation))), "")
-        why_not = why_not or _called_from_above(modules, owner, pair, shadow)
+        why_not = why_not or called_from_above(modules, owner, pair, shadow)
         parent, key = modules.slots[module][0]
         edit = Edit(parent._modules, key, nn.Identity().train(module.training))
         for name in feeding:
@@ -214,7 +214,7 @@ def _other_method(owner: nn.Module, linear: str, activation: str) -> str:
     return ""
 
 
-def _called_from_above(modules: ModuleMap, owner: nn.Module, pair: tuple[nn.Module, ...], shadow: Shadow) -> str:
+def called_from_above(modules: ModuleMap, owner: nn.Module, pair: tuple[nn.Module, ...], shadow: Shadow) -> str:
     """A module above that may use one of the pair itself, as feature extractors loop over an nn.Sequential."""
     for above in modules.ancestors(owner):
         kind, name, methods = type(above).__name__, modules.names[above][0], methods_of(above)
@@ -256,7 +256,7 @@ def _note_function(calls: list[fx.Node], layer: Layer, plan: FusionPlan) -> None
 # --- nn.TransformerEncoderLayer and nn.TransformerDecoderLayer ---
 
 
-def _is_transformer_layer(owner: nn.Module) -> bool:
+def is_transformer_layer(owner: nn.Module) -> bool:
     """Whether forward and the feed-forward block are torch's own: linear1 and activation meet only there."""
     for kind in (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer):
         if isinstance(owner, kind):
@@ -280,7 +280,7 @@ def _plan_transformer_layer(
     if name is None:
         return
     pair = (layer.module, activation) if isinstance(activation, nn.Module) else (layer.module,)
-    why_not = _other_method(owner, "linear1", "activation") or _called_from_above(modules, owner, pair, shadow)
+    why_not = _other_method(owner, "linear1", "activation") or called_from_above(modules, owner, pair, shadow)
     if why_not:
         plan.notes[layer.module] = f"activation not folded in: {why_not}"
     elif isinstance(activation, nn.Module):

@@ -1,6 +1,7 @@
 """What pycompress finds on this machine: the data behind `pycompress info`, and behind every result file."""
 
 import dataclasses
+import functools
 import math
 import os
 import platform
@@ -15,7 +16,8 @@ from rich.table import Table
 from pycompress import _native, nn, ops
 from pycompress.version import __version__
 
-OPERATIONS = ("int8_matmul", "distill_loss")  # what this version computes; a benchmark each, of the same name
+# What this version computes; a benchmark each, of the same name.
+OPERATIONS = ("int8_matmul", "distill_loss", "sparse_linear")
 # What the kernels could use, as /proc/cpuinfo spells it (x86 "flags", Arm "Features").
 _FEATURES = (
     "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16",
@@ -59,15 +61,25 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _cpu() -> dict[str, Any]:
-    """Reads /proc/cpuinfo; elsewhere there is the name that Python knows and no feature list."""
+def cpu_name() -> str:
+    """The CPU's model as Linux names it; elsewhere the name that Python knows."""
+    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
+
+
+@functools.cache
+def _cpuinfo() -> dict[str, str]:
+    """The fields of /proc/cpuinfo, those of its last processor; empty where there is no such file."""
     path = Path("/proc/cpuinfo")
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    fields = dict(re.findall(r"^([^\t:\n]+?)\s*:[ \t]*(.*)$", text, re.MULTILINE))
+    return dict(re.findall(r"^([^\t:\n]+?)\s*:[ \t]*(.*)$", text, re.MULTILINE))
+
+
+def _cpu() -> dict[str, Any]:
+    """Reads /proc/cpuinfo; elsewhere there is no feature list."""
+    fields = _cpuinfo()
     flags = set((fields.get("flags") or fields.get("Features") or "").split())
-    name = fields.get("model name") or platform.processor() or platform.machine()
     return {
-        "name": name,
+        "name": cpu_name(),
         "architecture": platform.machine(),
         "logical_cores": os.cpu_count(),
         "features": [f for f in _FEATURES if f in flags],
@@ -102,6 +114,7 @@ def _backends() -> dict[str, dict[str, str]]:
     return {
         "int8_matmul": {name: _try_int8_matmul(name) for name in ops.BACKENDS if name != "auto"},
         "distill_loss": {name: _try_distill_loss(name) for name in ops.DISTILL_BACKENDS if name != "auto"},
+        "sparse_linear": {name: _try_sparse_linear(name) for name in ops.SPARSE_BACKENDS if name != "auto"},
     }
 
 
@@ -124,6 +137,18 @@ def _try_distill_loss(backend: str) -> str:
         return f"not usable: {error}"
     expected = math.log(2) / 2  # half of the cross-entropy, and a teacher that agrees
     return f"usable: {kernel}" if abs(loss.item() - expected) < 1e-3 else f"broken: 1 x 2 gives {loss.item()}"
+
+
+def _try_sparse_linear(backend: str) -> str:
+    try:
+        weight, one = torch.ones(1, 1), torch.ones(1)
+        bitmap, values = ops.sparse_from_dense(weight, weight != 0)
+        y, kernels = ops.sparse_linear(one, bitmap, values, backend=backend), "plain torch"
+        if backend == "native":
+            kernels = ", ".join(ops.sparse_kernel_names(torch.float32))
+    except (ValueError, RuntimeError) as error:
+        return f"not usable: {error}"
+    return f"usable: {kernels}" if abs(y.item() - 1) < 1e-3 else f"broken: 1 x 1 gives {y.item()}"
 
 
 def table(found: dict[str, Any]) -> Table:

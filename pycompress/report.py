@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import ClassVar
 
 from torch import nn
 
-from pycompress.nn import Int8Linear
+from pycompress.nn import Int8Linear, SparseLinear
 from pycompress.selection import memory_key
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-_HEADER = ("layer", "count", "shape", "action", "activation", "MB before", "MB after", "why")
+from pycompress.text_table import TextTable
 
 
 @dataclass(frozen=True)
@@ -22,7 +19,7 @@ class LayerReport:
     """One layer. `reason` says why it was left, or for a swapped one why the activation was not folded in."""
 
     name: str
-    action: str  # "swapped" or "left"
+    action: str  # "swapped" or "left"; sparsify_ has more, see SparsifyReport
     reason: str
     shape: tuple[int, ...]  # (outputs, inputs)
     activation: str  # the one folded in, or ""
@@ -31,17 +28,17 @@ class LayerReport:
     aliases: tuple[str, ...] = ()  # further names of the same module
 
 
-@dataclass(frozen=True)
-class QuantizeReport:
-    """The result of quantize_. `print(report)` shows a table; rich shows the same one in colour.
+class ConversionReport(TextTable):
+    """What quantize_ and sparsify_ report alike. A subclass is a dataclass with these fields and a summary."""
 
-    bytes_before, bytes_after: everything the model holds, parameters and buffers, each piece of memory once.
-    """
-
-    mode: str
     bytes_before: int
     bytes_after: int
-    layers: list[LayerReport] = field(default_factory=list)
+    layers: Sequence[LayerReport]
+
+    header: ClassVar[tuple[str, ...]] = (
+        "layer", "count", "shape", "action", "activation", "MB before", "MB after", "why",
+    )  # fmt: skip
+    right = frozenset(("count", "MB before", "MB after"))
 
     @property
     def swapped(self) -> list[LayerReport]:
@@ -55,72 +52,142 @@ class QuantizeReport:
     def fused(self) -> list[LayerReport]:
         return [layer for layer in self.layers if layer.activation]
 
-    def summary(self) -> str:
-        """One line: how many layers were swapped, left and fused, and what it does to the model's size."""
+    def sizes(self) -> str:
+        """The part of the summary that says what became of the model's size."""
         before, after = self.bytes_before, self.bytes_after
         ratio = f" ({before / after:.2f}x smaller)" if 0 < after < before else ""
-        return (
-            f"quantize_ mode={self.mode}: {len(self.swapped)} swapped, {len(self.left)} left as they were, "
-            f"{len(self.fused)} with an activation folded in; model {_mb(before)} -> {_mb(after)} MB{ratio}"
-        )
+        return f"model {megabytes(before)} -> {megabytes(after)} MB{ratio}"
 
     def rows(self) -> list[tuple[str, ...]]:
         """The table as text; layers that differ only by a number in their name share one row."""
         groups: dict[tuple[object, ...], list[LayerReport]] = {}
         for layer in self.layers:
-            key = (_starred(layer.name), layer.action, _starred(layer.reason), layer.shape, layer.activation)
-            groups.setdefault(key, []).append(layer)
-        return [_row(group) for group in groups.values()]
+            groups.setdefault((starred(layer.name), *self.alike(layer)), []).append(layer)
+        return [self.row(group) for group in groups.values()]
 
-    def __str__(self) -> str:
-        table = [_HEADER, *self.rows()]
-        widths = [max(len(row[i]) for row in table) for i in range(len(_HEADER))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
-        ]
-        lines.insert(1, "  ".join("-" * width for width in widths))
-        return "\n".join([*lines, self.summary()])
+    def alike(self, layer: LayerReport) -> tuple[object, ...]:
+        """What layers of one row have in common besides their name."""
+        return layer.action, starred(layer.reason), layer.shape, layer.activation
 
-    def __rich__(self) -> Table:
-        from rich.table import Table
-        from rich.text import Text
+    def row(self, group: Sequence[LayerReport]) -> tuple[str, ...]:
+        first = group[0]
+        name, reason = first.name, first.reason
+        if len(group) > 1:
+            name, reason = starred(name), starred(reason)
+        elif first.aliases:
+            name += f" (= {', '.join(first.aliases)})"
+        before, after = sum(g.bytes_before for g in group), sum(g.bytes_after for g in group)
+        sizes = megabytes(before), megabytes(after)
+        return name, str(len(group)), "x".join(map(str, first.shape)), first.action, first.activation, *sizes, reason
 
-        table = Table(title=self.summary(), title_justify="left")
-        for name in _HEADER:
-            table.add_column(name, justify="right" if name in ("count", "MB before", "MB after") else "left")
-        for row in self.rows():
-            # Text, not str: a name or reason such as skip=['x'] is no markup.
-            table.add_row(*map(Text, row), style="dim" if row[3] == "left" else "")
-        return table
+    def is_dim(self, row: tuple[str, ...]) -> bool:
+        return row[self.header.index("action")] == "left"
 
 
-def _row(group: list[LayerReport]) -> tuple[str, ...]:
-    first = group[0]
-    name, reason = first.name, first.reason
-    if len(group) > 1:
-        name, reason = _starred(name), _starred(reason)
-    elif first.aliases:
-        name += f" (= {', '.join(first.aliases)})"
-    before, after = sum(g.bytes_before for g in group), sum(g.bytes_after for g in group)
-    shape = "x".join(map(str, first.shape))
-    return name, str(len(group)), shape, first.action, first.activation, _mb(before), _mb(after), reason
+@dataclass(frozen=True)
+class QuantizeReport(ConversionReport):
+    """The result of quantize_. `print(report)` shows a table; rich shows the same one in colour.
+
+    bytes_before, bytes_after: everything the model holds, parameters and buffers, each piece of memory once.
+    """
+
+    mode: str
+    bytes_before: int
+    bytes_after: int
+    layers: list[LayerReport] = field(default_factory=list)
+
+    def summary(self) -> str:
+        """One line: how many layers were swapped, left and fused, and what it does to the model's size."""
+        return (
+            f"quantize_ mode={self.mode}: {len(self.swapped)} swapped, {len(self.left)} left as they were, "
+            f"{len(self.fused)} with an activation folded in; {self.sizes()}"
+        )
 
 
-def _starred(text: str) -> str:
+@dataclass(frozen=True)
+class SparseLayerReport(LayerReport):
+    """A row of sparsify_'s report. action: "swapped" (SparseLinear), "dense" (stays, or becomes again, the dense
+    layer), "int8 dense" (Int8Linear) or "left".
+
+    times: (M, seconds of the dense layer, seconds of the layer now), as the cost model knows them.
+    """
+
+    sparsity: float | None = None
+    choice: str = ""  # SparseLinear's formats in words
+    times: tuple[tuple[int, float, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class SparsifyReport(ConversionReport):
+    """The result of sparsify_. `print(report)` shows a table; rich shows the same one in colour.
+
+    bytes_before, bytes_after: as in QuantizeReport. The times say what the dense layer would take at each number
+    of tokens, and what the layer in its place takes: predicted, or measured where the prediction was a tie.
+    """
+
+    dtype: str
+    format: str
+    bytes_before: int
+    bytes_after: int
+    layers: list[LayerReport] = field(default_factory=list)
+
+    header: ClassVar[tuple[str, ...]] = (
+        "layer", "count", "shape", "sparsity", "action", "format", "activation", "MB before", "MB after",
+        "us dense -> now", "why",
+    )  # fmt: skip
+
+    @property
+    def dense(self) -> list[LayerReport]:
+        """The layers that hold zeros and are not sparse, because that would be slower."""
+        return [layer for layer in self.layers if layer.action in ("dense", "int8 dense")]
+
+    def summary(self) -> str:
+        """One line: how many layers are sparse, dense, left and fused, and what it does to the model's size."""
+        return (
+            f"sparsify_ dtype={self.dtype} format={self.format}: {len(self.swapped)} swapped, {len(self.dense)} faster "
+            f"dense, {len(self.left)} left as they were, {len(self.fused)} with an activation folded in; {self.sizes()}"
+        )
+
+    def alike(self, layer: LayerReport) -> tuple[object, ...]:
+        return *super().alike(layer), getattr(layer, "choice", "")
+
+    def row(self, group: Sequence[LayerReport]) -> tuple[str, ...]:
+        name, count, shape, action, activation, before, after, reason = super().row(group)
+        sparse = [layer for layer in group if isinstance(layer, SparseLayerReport)]
+        known = [layer.sparsity for layer in sparse if layer.sparsity is not None]
+        low, high = (f"{min(known):.3g}", f"{max(known):.3g}") if known else ("", "")
+        sparsity = low if low == high else f"{low}..{high}"
+        choice, times = (sparse[0].choice, _times(sparse)) if sparse else ("", "")
+        return name, count, shape, sparsity, action, choice, activation, before, after, times, reason
+
+
+def _times(group: Sequence[SparseLayerReport]) -> str:
+    """The mean times of a row's layers: `1: 20 -> 9, 128: 900 -> 300`; empty where none are known."""
+    tokens = [m for m, _, _ in group[0].times]
+    if not tokens or any([m for m, _, _ in layer.times] != tokens for layer in group):
+        return ""
+    cells = []
+    for i, m in enumerate(tokens):
+        dense, now = (sum(layer.times[i][j] for layer in group) / len(group) for j in (1, 2))
+        cells.append(f"{m}: {dense * 1e6:.3g} -> {now * 1e6:.3g}" if dense != now else f"{m}: {dense * 1e6:.3g}")
+    return ", ".join(cells)
+
+
+def starred(text: str) -> str:
     """The text with the numbers of a qualified name as stars: layers.*.linear1."""
     return re.sub(r"(?<![^\s.])\d+(?=\.|$)", "*", text)
 
 
-def _mb(size: int) -> str:
+def megabytes(size: int) -> str:
     return f"{size / 1e6:.2f}" if size >= 1e5 else f"{size / 1e6:.4f}"
 
 
 def model_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers at rest, shared ones once; an Int8Linear counts as packed."""
+    """Bytes of all parameters and buffers at rest, shared ones once; Int8Linear and SparseLinear as packed."""
     total = 0
     seen: set[tuple[object, ...]] = set()
     for module in model.modules():
-        if isinstance(module, Int8Linear):
+        if isinstance(module, (Int8Linear, SparseLinear)):
             total += module.memory_bytes()
             continue
         for tensor in (*module._parameters.values(), *module._buffers.values()):

@@ -1,8 +1,9 @@
 """Which layers of a model a swap touches, and why the others are left alone.
 
-quantize_ and calibrate share this one selection, so that what was calibrated is what is swapped. Swapped are
-modules whose type is exactly nn.Linear or Hugging Face's Conv1D and which nothing else depends on: a layer
-with hooks, a parametrization, a tied weight or a reader of its raw weight would be silently broken by a swap.
+quantize_, calibrate, prune_ and sparsify_ share this one selection, so that what was calibrated is what is swapped.
+Swapped are modules whose type is exactly nn.Linear or Hugging Face's Conv1D and which nothing else depends on: a
+layer with hooks, a parametrization, a tied weight or a reader of its raw weight would be silently broken by a swap.
+An operation may take more types, and layers pruned by torch.nn.utils.prune or a parametrization.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 
-from pycompress.nn import Int8Linear
+from pycompress.nn import Int8Linear, MaskedLinear, SparseLinear
 from pycompress.tracing import Shadow, last_attribute, methods_of
 
 Slot = tuple[nn.Module, str]  # (parent, key): parent._modules[key] is the module
@@ -33,7 +34,13 @@ HOOKS = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
-_WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OURS = (Int8Linear, MaskedLinear, SparseLinear)
+_FACTORIES = {  # what makes a single layer, where the model is itself one
+    "quantize_": "pycompress.nn.Int8Linear.from_float(model)",
+    "prune_": "pycompress.nn.MaskedLinear.from_linear(model)",
+    "sparsify_": "pycompress.nn.SparseLinear.from_dense(model)",
+}
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -121,9 +128,14 @@ def select(
     op: str,
     skip: str | Iterable[str] = (),
     filter_fn: FilterFn | None = None,
+    takes: tuple[type[nn.Module], ...] = (),
+    pruned: bool = False,
+    dtypes: tuple[torch.dtype, ...] = FLOATS,
 ) -> list[Layer]:
     """The linear layers of the model in its own order, each with the reason that keeps it, or none.
 
+    takes: types that may go besides nn.Linear and Conv1D. pruned: so may layers pruned by torch.nn.utils.prune, and
+        those whose weight is parametrized. dtypes: of the parameters that may go.
     skip: a qualified name, which also covers everything below it, or a glob pattern ('*.attention.*').
     filter_fn: filter_fn(qualified name, module) -> True where the layer may be swapped.
     Raises ValueError for a pattern that matches no module, and where the model is itself the layer.
@@ -133,11 +145,13 @@ def select(
     owners_of = _tensor_owners(modules)
     layers = []
     for module, names in modules.names.items():
-        if not (isinstance(module, (nn.Linear, Int8Linear)) or _is_conv1d(module, exact=False)):
+        if not (isinstance(module, (nn.Linear, *OURS)) or _is_conv1d(type(module), exact=False)):
             continue
         reason = _skip_reason(names, patterns)
         if not reason:
-            reason = _kept_reason(module, modules.slots[module]) or _tied_reason(module, owners_of)
+            reason = _kept_reason(module, modules.slots[module], takes, pruned) or _tensors_reason(module, dtypes)
+        if not reason:
+            reason = _tied_reason(module, owners_of)
         if not reason and module in modules.aliases:
             reason = f"is also held in {modules.aliases[module]}, a plain attribute that a swap would miss"
         if not reason:
@@ -154,17 +168,18 @@ def check_root(model: nn.Module, op: str) -> None:
         raise TypeError(f"{op}: model is a {type(model).__name__}; expected a torch.nn.Module")
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError(f"{op}: the model is a ScriptModule, whose layers are fixed; convert before scripting")
-    if isinstance(model, (nn.Linear, Int8Linear)) or _is_conv1d(model, exact=False):
+    if isinstance(model, (nn.Linear, *OURS)) or _is_conv1d(type(model), exact=False):
+        factory = f"use {_FACTORIES[op]}, or pass" if op in _FACTORIES else "pass"
         raise ValueError(
             f"{op}: the model is itself a {type(model).__name__}, and a swap in place needs a parent; "
-            "use pycompress.nn.Int8Linear.from_float(model), or pass nn.Sequential(model)"
+            f"{factory} nn.Sequential(model)"
         )
 
 
-def _is_conv1d(module: nn.Module, *, exact: bool) -> bool:
+def _is_conv1d(kind: type, *, exact: bool) -> bool:
     # Without transformers in the process there can be no Conv1D, so it is never imported here.
     conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
-    return conv1d is not None and (type(module) is conv1d if exact else isinstance(module, conv1d))
+    return conv1d is not None and (kind is conv1d if exact else issubclass(kind, conv1d))
 
 
 def _check_patterns(modules: ModuleMap, skip: str | Iterable[str], op: str) -> list[str]:
@@ -173,14 +188,14 @@ def _check_patterns(modules: ModuleMap, skip: str | Iterable[str], op: str) -> l
     for pattern in patterns:
         if not isinstance(pattern, str):
             raise TypeError(f"{op}: skip holds {pattern!r}; expected qualified names or glob patterns (str)")
-        if not any(_covers(pattern, name) for name in every):
-            close = _closest(pattern, every)
+        if not any(covers(pattern, name) for name in every):
+            close = closest(pattern, every)
             hint = f"; the closest names are {', '.join(map(repr, close))}" if close else ""
             raise ValueError(f"{op}: skip={pattern!r} matches no module of the model{hint}")
     return patterns
 
 
-def _closest(pattern: str, names: list[str]) -> list[str]:
+def closest(pattern: str, names: list[str]) -> list[str]:
     """At most three names like `pattern`: those that end in it first, then those spelt like it."""
     tails = [name for name in names if name.endswith("." + pattern)]
     spelt = difflib.get_close_matches(pattern, names, n=3, cutoff=0.5)
@@ -189,43 +204,69 @@ def _closest(pattern: str, names: list[str]) -> list[str]:
     return list(dict.fromkeys(tails + spelt))[:3]
 
 
-def _covers(pattern: str, name: str) -> bool:
+def covers(pattern: str, name: str) -> bool:
     """Whether the pattern matches `name` or a module above it."""
     parts = name.split(".")
     return any(fnmatch.fnmatchcase(".".join(parts[:n]), pattern) for n in range(len(parts), 0, -1))
 
 
 def _skip_reason(names: list[str], patterns: list[str]) -> str:
-    hits = (p for p in patterns if any(_covers(p, name) for name in names))
+    hits = (p for p in patterns if any(covers(p, name) for name in names))
     return next((f"skip={p!r}" for p in hits), "")
 
 
-def _kept_reason(module: nn.Module, slots: list[Slot]) -> str:
+def _kept_reason(module: nn.Module, slots: list[Slot], takes: tuple[type[nn.Module], ...], pruned: bool) -> str:
     """Why the layer, looked at by itself, has to stay; empty if it may go."""
-    if isinstance(module, Int8Linear):
-        return f"already int8 ({module.mode})"
-    if parametrize.is_parametrized(module):
+    kind = parametrize.type_before_parametrizations(module)
+    if isinstance(module, OURS) and kind not in takes:
+        return _ours_reason(module)
+    parametrized, hooked = parametrize.is_parametrized(module), is_hook_pruned(module)
+    if parametrized and not (pruned and set(module.parametrizations) == {"weight"}):  # type: ignore[arg-type]
         return "is parametrized"
     if any(isinstance(parent, nn.MultiheadAttention) for parent, _ in slots):
         return "nn.MultiheadAttention reads its weight directly"
-    if type(module) is not nn.Linear and not _is_conv1d(module, exact=True):
-        return f"is a {type(module).__name__}, a subclass that may do more than a linear"
+    if kind is not nn.Linear and kind not in takes and not _is_conv1d(kind, exact=True):
+        return f"is a {kind.__name__}, a subclass that may do more than a linear"
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance"
-    hooks = [kind.strip("_") for kind in HOOKS if getattr(module, kind, None)]
-    if hooks:
+    hooks = [key.strip("_") for key in HOOKS if getattr(module, key, None)]
+    if hooks and not (pruned and hooked and hooks == ["forward_pre_hooks"]):
         return f"has {hooks[0].replace('_', ' ')}"
-    extra = {*module._parameters, *module._buffers, *module._modules} - {"weight", "bias"}
-    if "weight" not in module._parameters:
+    if not (hooked or parametrized) and "weight" not in module._parameters:
         return "its weight is computed, not a parameter"
+    known = {"weight", "bias"}
+    known |= {"mask"} if kind is MaskedLinear else set()
+    known |= {"weight_orig", "weight_mask", "bias_orig", "bias_mask"} if hooked else set()
+    known |= {"parametrizations"} if parametrized else set()
+    extra = {*module._parameters, *module._buffers, *module._modules} - known
     if extra:
         return f"holds more than weight and bias: {', '.join(sorted(extra))}"
     if module._compiled_call_impl is not None:
         return "was compiled by itself; swap first, then compile"
-    return next((r for r in map(_tensor_reason, module._parameters.values(), ("weight", "bias")) if r), "")
+    return ""
 
 
-def _tensor_reason(tensor: Tensor | None, what: str) -> str:
+def _ours_reason(module: nn.Module) -> str:
+    if isinstance(module, Int8Linear):
+        return f"already int8 ({module.mode})"
+    if isinstance(module, SparseLinear):
+        return f"already sparse ({module.dtype})"
+    return "is a MaskedLinear; sparsify_ makes it sparse, its to_linear() dense"
+
+
+def is_hook_pruned(module: nn.Module) -> bool:
+    """Whether torch.nn.utils.prune holds its weight as weight_orig and weight_mask, and its hooks are the only ones."""
+    hooks = module._forward_pre_hooks.values()
+    pruning = all(isinstance(hook, prune.BasePruningMethod) for hook in hooks)
+    return bool(hooks) and pruning and "weight_orig" in module._parameters and "weight_mask" in module._buffers
+
+
+def _tensors_reason(module: nn.Module, dtypes: tuple[torch.dtype, ...]) -> str:
+    own = module.named_parameters() if parametrize.is_parametrized(module) else module._parameters.items()
+    return next((reason for key, tensor in own if (reason := _tensor_reason(tensor, key, dtypes))), "")
+
+
+def _tensor_reason(tensor: Tensor | None, what: str, dtypes: tuple[torch.dtype, ...]) -> str:
     if tensor is None:
         return f"has no {what}" if what == "weight" else ""
     if nn.parameter.is_lazy(tensor):
@@ -236,8 +277,9 @@ def _tensor_reason(tensor: Tensor | None, what: str) -> str:
         return f"its {what} is on the meta device; load the weights first"
     if tensor.layout is not torch.strided:
         return f"its {what} is {tensor.layout}"
-    if tensor.dtype not in _WEIGHT_DTYPES:
-        return f"its {what} is {tensor.dtype}; expected float32, bfloat16 or float16"
+    if tensor.dtype not in dtypes:
+        names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+        return f"its {what} is {tensor.dtype}; expected {', '.join(names[:-1])} or {names[-1]}"
     return f"its {what} is empty" if tensor.numel() == 0 else ""
 
 
@@ -264,11 +306,11 @@ def _tensor_owners(modules: ModuleMap) -> dict[tuple[object, ...], list[tuple[nn
 
 
 def _tied_reason(module: nn.Module, owners: dict[tuple[object, ...], list[tuple[nn.Module, str]]]) -> str:
-    for key, tensor in module._parameters.items():
-        if tensor is not None:
-            for other, name in owners[memory_key(tensor)]:
-                if other is not module:
-                    return f"its {key} is tied to {name}"
+    own = set(module.modules())  # a parametrization holds the weight in a module of its own
+    for key, tensor in module.named_parameters():
+        for other, name in owners[memory_key(tensor)]:
+            if other not in own:
+                return f"its {key} is tied to {name}"
     return ""
 
 

@@ -58,7 +58,7 @@ class Traces:
 class Shadow:
     """Traces the modules of a model, by qualified name, on a copy made when it is first needed."""
 
-    def __init__(self, model: nn.Module, opaque: type[nn.Module]) -> None:
+    def __init__(self, model: nn.Module, opaque: type[nn.Module] | tuple[type[nn.Module], ...]) -> None:
         self._model, self._opaque = model, opaque
         self._copy: nn.Module | None = None
         self._whole_failed = ""
@@ -101,7 +101,7 @@ class Shadow:
         return self._copy.get_submodule(name)
 
 
-def _meta_copy(model: nn.Module, opaque: type[nn.Module]) -> nn.Module:
+def _meta_copy(model: nn.Module, opaque: type[nn.Module] | tuple[type[nn.Module], ...]) -> nn.Module:
     """A deep copy without the weights: parameters and buffers on meta, `opaque` modules as placeholders."""
     memo: dict[int, Any] = {}
     for module in model.modules():

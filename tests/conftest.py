@@ -18,3 +18,10 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_measuring(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Built-in figures for the cost model: a test calibrates nothing, and the user's cache stays as it is."""
+    monkeypatch.setenv("PYCOMPRESS_COST_MODEL", "builtin")
+    monkeypatch.setenv("PYCOMPRESS_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))

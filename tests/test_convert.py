@@ -569,7 +569,7 @@ def test_interrupted_edits_are_undone():
 
     first, second = {"a": 1}, Interrupted(b=1)
     with pytest.raises(KeyboardInterrupt):
-        convert._apply([convert.Edit(first, "a", 2), convert.Edit(second, "b", 2)])
+        convert.apply_edits([convert.Edit(first, "a", 2), convert.Edit(second, "b", 2)])
     assert (first, second) == ({"a": 1}, {"b": 1})
 
 

@@ -280,7 +280,7 @@ def test_unknown_backend_set_later_raises() -> None:
 def test_torch_without_the_private_questions(monkeypatch: pytest.MonkeyPatch, fast: list[bool]) -> None:
     module, x = make("dynamic").requires_grad_(False), torch.randn(2, 96)
     expected = module(x)
-    monkeypatch.setattr("pycompress.ops.int8_matmul_eager._CAN_ASK", False)
+    monkeypatch.setattr("pycompress.ops.eager._CAN_ASK_OF_AUTOCAST", False)
     fast.clear()
     assert torch.equal(module(x), expected)
     assert fast == []

@@ -17,7 +17,7 @@ from pycompress import _C
 ROOT = Path(__file__).parent.parent
 ISA_SOURCES = sorted(ROOT.glob("csrc/*/*_avx*.cpp"))
 ISA_FLAGS = ["-mavx2", "-mfma", "-mf16c", "-mavxvnni", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-ISA_FLAGS += ["-mavx512vnni", "-mavx512bf16"]
+ISA_FLAGS += ["-mavx512vnni", "-mavx512bf16", "-mavx512vbmi", "-mavx512vbmi2"]
 
 
 def test_module_is_small_and_knows_nothing_of_torch() -> None:
@@ -83,7 +83,7 @@ def test_isa_files_share_no_code(source: Path, tmp_path: Path) -> None:
     if compiler is None or nm is None:
         pytest.skip("needs g++ and nm")
     out = tmp_path / "out.o"
-    command = [compiler, "-std=c++17", "-O0", "-w", "-fopenmp", *ISA_FLAGS, "-I", str(ROOT / "csrc")]
+    command = [compiler, "-std=c++17", "-O0", "-w", "-fopenmp", "-fno-exceptions", *ISA_FLAGS, "-I", str(ROOT / "csrc")]
     subprocess.run([*command, "-c", str(source), "-o", str(out)], check=True)
     lines = subprocess.run([nm, "-C", "--defined-only", str(out)], capture_output=True, text=True, check=True).stdout
     shared = [line for line in lines.splitlines() if line.split(maxsplit=2)[1] in "WVu"]
@@ -92,5 +92,5 @@ def test_isa_files_share_no_code(source: Path, tmp_path: Path) -> None:
 
 def test_every_isa_has_its_sources() -> None:
     assert {p.stem.removeprefix("kernel_") for p in ISA_SOURCES if p.stem.startswith("kernel_")} == {
-        "avx2", "avxvnni", "avx512", "avx512bf16", "avx512vnni",
+        "avx2", "avxvnni", "avx512", "avx512bf16", "avx512vbmi2", "avx512vnni",
     }  # fmt: skip

@@ -62,6 +62,7 @@ std::vector<std::string> read_cpu_features() {
   if (cpu_has_f16c()) names.push_back("f16c");
   if (cpu_has(Isa::avxvnni)) names.push_back("avxvnni");
   if (cpu_has_bf16()) names.push_back("avx512bf16");
+  if (cpu_has_vbmi2()) names.push_back("avx512vbmi2");
   return names;
 }
 
@@ -152,6 +153,16 @@ bool isa_usable(Isa needed) {
 bool cpu_has_bf16() {
 #if defined(__x86_64__) || defined(__i386__)
   static const bool has = cpu_has(Isa::avx512) && leaf7_1_eax(5);
+  return has;
+#else
+  return false;
+#endif
+}
+
+bool cpu_has_vbmi2() {
+#if defined(__x86_64__) || defined(__i386__)
+  static const bool has =
+      cpu_has(Isa::avx512vnni) && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2");
   return has;
 #else
   return false;

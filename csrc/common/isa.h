@@ -28,6 +28,9 @@ bool isa_usable(Isa needed);
 // True where the CPU has avx512 and bf16 conversions and dot products (AVX512-BF16).
 bool cpu_has_bf16();
 
+// True where the CPU has avx512vnni and the expansion of packed bytes (AVX512-VBMI2).
+bool cpu_has_vbmi2();
+
 // What the CPU says of itself, for reports: e.g. {"avx2", "fma", "avx512f", "avx512bf16", ...}.
 std::vector<std::string> cpu_features();
 

@@ -62,6 +62,7 @@ struct Vec {
   static I iload(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
   static void istore(void* p, I v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
   static I iadd(I a, I b) { return _mm256_add_epi32(a, b); }
+  static I ixor(I a, I b) { return _mm256_xor_si256(a, b); }
   static I to_int(F a) { return _mm256_cvtps_epi32(a); }  // round to nearest even
   static F to_float(I a) { return _mm256_cvtepi32_ps(a); }
   // a * 2^n for a whole n in [-126, 127]; infinity for n = 128
@@ -79,6 +80,30 @@ struct Vec {
     } else {
       return _mm256_max_epu16(running, _mm256_and_si256(raw, _mm256_set1_epi16(0x7fff)));
     }
+  }
+
+  // r[i] lane j <-> r[j] lane i, 8 x 8
+  __attribute__((always_inline)) static void transpose(I (&r)[8]) {
+    __m256i t[8];
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += 2) {
+      t[i] = _mm256_unpacklo_epi32(r[i], r[i + 1]);
+      t[i + 1] = _mm256_unpackhi_epi32(r[i], r[i + 1]);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 8; i += 4) {
+      r[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
+      r[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
+      r[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
+      r[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      t[j] = _mm256_permute2x128_si256(r[j], r[j + 4], 0x20);
+      t[j + 4] = _mm256_permute2x128_si256(r[j], r[j + 4], 0x31);
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) r[j] = t[j];
   }
 
   static int32_t reduce_add(I v) {

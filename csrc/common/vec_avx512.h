@@ -48,6 +48,7 @@ struct Vec {
   static I iload(const void* p) { return _mm512_loadu_si512(p); }
   static void istore(void* p, I v) { _mm512_storeu_si512(p, v); }
   static I iadd(I a, I b) { return _mm512_add_epi32(a, b); }
+  static I ixor(I a, I b) { return _mm512_xor_si512(a, b); }
   static I to_int(F a) { return _mm512_cvtps_epi32(a); }  // round to nearest even
   static F to_float(I a) { return _mm512_cvtepi32_ps(a); }
   static F times_pow2(F a, F n) { return _mm512_scalef_ps(a, n); }  // a * 2^n for a whole n
@@ -60,6 +61,37 @@ struct Vec {
       return _mm512_max_epu32(running, _mm512_and_si512(raw, _mm512_set1_epi32(0x7fffffff)));
     } else {
       return _mm512_max_epu16(running, _mm512_and_si512(raw, _mm512_set1_epi16(0x7fff)));
+    }
+  }
+
+  // r[i] lane j <-> r[j] lane i, 16 x 16
+  __attribute__((always_inline)) static void transpose(I (&r)[16]) {
+    __m512i t[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+      t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+      t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {  // r[i + j]: column 4q + j of rows i..i+3, in quarter q
+      r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+      r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+      r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+      r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      t[j] = _mm512_shuffle_i32x4(r[j], r[j + 4], 0x88);           // columns j, j + 8 of rows 0..7
+      t[j + 4] = _mm512_shuffle_i32x4(r[j], r[j + 4], 0xdd);       // columns j + 4, j + 12
+      t[j + 8] = _mm512_shuffle_i32x4(r[j + 8], r[j + 12], 0x88);  // the same of rows 8..15
+      t[j + 12] = _mm512_shuffle_i32x4(r[j + 8], r[j + 12], 0xdd);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      r[j] = _mm512_shuffle_i32x4(t[j], t[j + 8], 0x88);
+      r[j + 8] = _mm512_shuffle_i32x4(t[j], t[j + 8], 0xdd);
+      r[j + 4] = _mm512_shuffle_i32x4(t[j + 4], t[j + 12], 0x88);
+      r[j + 12] = _mm512_shuffle_i32x4(t[j + 4], t[j + 12], 0xdd);
     }
   }
 

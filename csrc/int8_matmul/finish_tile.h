@@ -1,21 +1,12 @@
 // Accumulators to y: scales, bias, activation, rounding to y's dtype. See tile_engine.h.
 #pragma once
 
-#include "common/vec_math.h"
+#include "common/vec_activation.h"
 #include "int8_matmul/int8_matmul.h"
 #include "int8_matmul/tiles.h"
 
 namespace pycompress::int8_matmul {
 namespace {
-
-template <Activation A>
-Vec::F activate(Vec::F v) {
-  if constexpr (A == Activation::relu) return vrelu(v);
-  if constexpr (A == Activation::gelu) return vgelu(v);
-  if constexpr (A == Activation::gelu_tanh) return vgelu_tanh(v);
-  if constexpr (A == Activation::silu) return vsilu(v);
-  return v;
-}
 
 struct Finish {
   const void* tile;      // [rows, nr] accumulators: s32, or f32 where `is_float`

@@ -17,12 +17,13 @@
 
 #include "common/dtype.h"
 #include "common/isa.h"
+#include "common/linear_args.h"
 #include "common/range.h"
 
 namespace pycompress::int8_matmul {
 
 enum class Mode : int { dynamic_ = 0, static_ = 1, weight_only = 2 };
-enum class Activation : int { none = 0, relu, gelu, gelu_tanh, silu };
+using pycompress::Activation;
 
 // |sum_k w * (q - zero_point)| <= 128 * 256 * K and |sum_k (w + 128) * q| <= 255 * 128 * K stay below 2^31.
 constexpr int64_t kMaxChunkK = 65472;
@@ -72,27 +73,10 @@ struct PackedWeight {
   const uint8_t* panels;
 };
 
-struct Args {
+struct Args : LinearArgs {
   Mode mode = Mode::dynamic_;
-  Activation activation = Activation::none;
-  int threads = 1;
-
-  // x[m,k] lies at (m / inner_rows) * outer_stride + (m % inner_rows) * row_stride + k * col_stride, in elements.
-  // Two levels of rows, so that a slice of a batch x time x feature tensor needs no copy.
-  const void* x = nullptr;
-  Dtype dtype = Dtype::f32;  // of x and y
-  int64_t m = 0, k = 0;
-  int64_t inner_rows = 1, outer_stride = 0, row_stride = 0, col_stride = 1;
-
-  const float* weight_scale = nullptr;  // [N]
-  const void* bias = nullptr;           // [N] of bias_dtype, or null
-  Dtype bias_dtype = Dtype::f32;
-
   const float* input_scale = nullptr;         // one value; static only
   const int32_t* input_zero_point = nullptr;  // one value in 0..255; static only
-
-  void* y = nullptr;
-  int64_t n = 0, ldy = 0;
 };
 
 // ---- what a kernel file provides -------------------------------------------------------------------------------

@@ -39,8 +39,9 @@ struct Pass {
     const int64_t fit = kPassBytes / (row_stride(k) * int64_t(sizeof(Element)));
     return at_most(at_least(fit / kMaxRows, 1), 32) * kMaxRows;
   }
-  static int64_t bytes(int64_t k, int nr) {
-    const int64_t rows = row_count(k), chunks = chunk_count(k);
+  static int64_t bytes(int64_t k, int nr) { return bytes(k, nr, row_count(k)); }
+  static int64_t bytes(int64_t k, int nr, int64_t rows) {
+    const int64_t chunks = chunk_count(k);
     return rows * row_stride(k) * int64_t(sizeof(Element)) + round_up(rows * 4, kAlignment) +
            round_up(chunks * rows * 4, kAlignment) + round_up(k * 4, kAlignment) + kMaxRows * nr * 12 + kAlignment;
   }
@@ -52,7 +53,9 @@ struct Pass {
     return {all.begin + part.begin, all.begin + part.end};
   }
 
-  Pass(char* scratch, int64_t k) : max_rows(row_count(k)), stride(row_stride(k)), chunks(chunk_count(k)) {
+  Pass(char* scratch, int64_t k) : Pass(scratch, k, row_count(k)) {}
+  Pass(char* scratch, int64_t k, int64_t rows_held)
+      : max_rows(rows_held), stride(row_stride(k)), chunks(chunk_count(k)) {
     rows = reinterpret_cast<Element*>(scratch);
     scratch += max_rows * stride * int64_t(sizeof(Element));
     scale = reinterpret_cast<float*>(scratch);
@@ -71,7 +74,7 @@ struct Pass {
 // ---- preparing rows --------------------------------------------------------------------------------------------
 
 // Row m of x with its columns adjacent: the caller's memory where it already is so, else gathered.
-inline const char* row_of(const Args& a, int64_t m, char* gathered) {
+inline const char* row_of(const LinearArgs& a, int64_t m, char* gathered) {
   const int64_t size = dtype_size(a.dtype);
   // Mostly there is one level of rows, and no division.
   const int64_t offset =

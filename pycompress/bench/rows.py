@@ -24,13 +24,17 @@ class Row:
     isa                     the instruction set it is known to use; empty where the provider does not say
     dtype                   int8 (weights and activations), int8-weight, fp32, bf16
     covers                  "layer", or "product": the integer product without quantising, scales and bias;
-                            of a loss "forward" (nobody wants a gradient) or "forward+backward"
+                            of a loss "forward" (nobody wants a gradient) or "forward+backward"; of sparse_linear
+                            also "sweep" (one of the random layers), "model" (a whole one) and "file" (its layers)
     M, N, K, threads        the case; None for a provider that is absent. Of a loss: M tokens, N classes,
-                            K the width of the hidden states, None where it is given logits
+                            K the width of the hidden states, None where it is given logits; of a model M tokens
+    sparsity                fraction of zeros in the weight, which a dense layer multiplies by all the same
     p20_us, p50_us, p80_us  quantiles of one call over `samples` calls
     gop_s, gb_s             2·M·N·K, and bytes of weight, x and y, per second of the median call; of a loss given
-                            logits, the exponentials and the bytes that its floor counts (distill_loss_run.py)
+                            logits, the exponentials and the bytes that its floor counts (distill_loss_run.py); of a
+                            sparse layer the operations that are no multiplications by zero
     peak, peak_kind         the machine's limit, measured between the bursts: GOP/s, or GB/s for read_gbps
+                            or "fastest": of dense and of every form of the weight, in the same case of the sweep
     fraction                of that peak; above 1 for read_gbps when the weight stays in cache
     error                   ‖y - y64‖ / ‖y64‖ against float64, before timing; of a loss and of its gradients the worst
     exact_sums              yes or no where the integers were compared one by one
@@ -39,8 +43,9 @@ class Row:
     forced_isa              PYCOMPRESS_ISA of the process that timed it
     device, llc_mib         name of the CPU, size of its last-level cache
     commit                  of the checkout, with "+" when it had changes; else the version of pycompress
-    options                 of a loss: what it computes
+    options                 of a loss: what it computes; of a sparse layer the pattern of its zeros
     extra_mb                1e6 bytes of memory that one call needed at most besides its inputs, where measured
+    state_mb                1e6 bytes of the file that torch.save makes of the state, where measured
     """
 
     op: str
@@ -73,6 +78,7 @@ class Row:
     forced_isa: str = ""
     options: str = ""
     extra_mb: float | None = None
+    state_mb: float | None = None
 
     @property
     def case(self) -> tuple[int, int, int, int]:
@@ -85,7 +91,7 @@ class Row:
 
 
 # Columns younger than the first result files; a file without them holds rows where they are empty.
-_LATER = {"options", "extra_mb"}
+_LATER = {"options", "extra_mb", "state_mb"}
 
 
 def write_csv(path: Path, rows: Iterable[Row]) -> None:

@@ -153,18 +153,30 @@ def parameters(model: nn.Module) -> int:
 
 
 def fit(
-    model: nn.Module, images: Tensor, loss: BatchLoss, steps: int, rate: float, seed: int, tick: Callable[[], None]
+    model: nn.Module,
+    images: Tensor,
+    loss: BatchLoss,
+    steps: int,
+    rate: float,
+    seed: int,
+    tick: Callable[[], None],
+    after_step: Callable[[torch.optim.Optimizer], Callable[[], object]] | None = None,
 ) -> nn.Module:
-    """Trains in place with AdamW and a one-cycle rate, on batches drawn with replacement."""
+    """Trains in place with AdamW and a one-cycle rate, on batches drawn with replacement.
+
+    after_step: given the optimizer, returns what is to be called after each of its steps.
+    """
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
+    then = after_step(optimizer) if after_step else lambda: None
     model.train()
     for _ in range(steps):
         places = torch.randint(len(images), (BATCH,), generator=generator)
         optimizer.zero_grad()
         loss(model(images[places]), places).backward()
         optimizer.step()
+        then()
         schedule.step()
         tick()
     return model.eval()

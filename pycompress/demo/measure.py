@@ -35,7 +35,7 @@ class Accuracy:
 @dataclass(frozen=True)
 class Latency:
     milliseconds: float  # median over the rounds
-    speedup: float  # median over the rounds of fp32's time over this one's, in the same round
+    speedup: float  # median over the rounds of the base's time over this one's, in the same round; fp32 is the base
     rounds: int
 
 
@@ -64,12 +64,21 @@ def accuracy(expected: Tensor, actual: Tensor) -> Accuracy:
     return Accuracy(cosine=(expected * actual).sum(1).clamp(max=1.0).tolist(), neighbour_agreement=agree)
 
 
-@torch.inference_mode()
 def latency(
     variants: Mapping[str, nn.Module], inputs: Mapping[str, Tensor], rounds: int, tick: Callable[[], None]
 ) -> dict[str, Latency]:
+    """Times every variant; the first one is the one that the others are compared with. See `round_times`."""
+    times = round_times(variants, inputs, rounds, tick)
+    base = times[next(iter(times))]
+    return {name: compared(taken, base) for name, taken in times.items()}
+
+
+@torch.inference_mode()
+def round_times(
+    variants: Mapping[str, nn.Module], inputs: Mapping[str, Tensor], rounds: int, tick: Callable[[], None]
+) -> dict[str, list[float]]:
     """Times every variant on the same inputs, in turn within each round, so that a slow moment of the machine
-    falls on all of them. The first variant is the one that the others are compared with.
+    falls on all of them. Returns each one's seconds, a value a round.
 
     tick: called after each of the `rounds` rounds, or of those that there was time for on a busy machine.
     """
@@ -84,15 +93,16 @@ def latency(
         for name in names[turn:] + names[:turn]:
             times[name].append(_median_call(variants[name], inputs, calls[name]))
         tick()
-    base = times[names[0]]
-    return {
-        name: Latency(
-            milliseconds=statistics.median(taken) * 1e3,
-            speedup=statistics.median(b / t for b, t in zip(base, taken, strict=True)),
-            rounds=len(taken),
-        )
-        for name, taken in times.items()
-    }
+    return times
+
+
+def compared(taken: list[float], base: list[float]) -> Latency:
+    """taken, base: seconds by round, of one variant and of the one it is compared with."""
+    return Latency(
+        milliseconds=statistics.median(taken) * 1e3,
+        speedup=statistics.median(b / t for b, t in zip(base, taken, strict=True)),
+        rounds=len(taken),
+    )
 
 
 def _median_call(model: nn.Module, inputs: Mapping[str, Tensor], calls: int) -> float:

@@ -15,23 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from pycompress import ops
+from pycompress.nn.float_linear import float_bias, float_weight, make_float
+from pycompress.ops.eager import is_plain_eager
 from pycompress.ops.int8_matmul import check_options
-from pycompress.ops.int8_matmul_eager import EagerPlan, is_plain_eager
-
-_ACTIVATION_MODULES: dict[str, Callable[[], nn.Module]] = {
-    "relu": nn.ReLU,
-    "gelu": nn.GELU,
-    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
-    "silu": nn.SiLU,
-}
-
-
-def _float_weight(linear: nn.Module) -> Tensor:
-    """The (N, K) weight of ``nn.Linear``, or of transformers' ``Conv1D``, which keeps it as (K, N)."""
-    weight = getattr(linear, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 2:
-        raise ValueError(f"Int8Linear.from_float: expected an nn.Linear, got {type(linear).__name__}")
-    return weight.t() if any(c.__name__ == "Conv1D" for c in type(linear).__mro__) else weight
+from pycompress.ops.int8_matmul_eager import EagerPlan
 
 
 def _opens(weight: Tensor | None) -> bool:
@@ -120,16 +107,13 @@ class Int8Linear(nn.Module):
                 "(calibrate finds it), the others take none"
             )
         qparams = ops.affine_qparams(*input_range) if input_range is not None else None
-        quantized, scale = ops.quantize_weight(_float_weight(linear))
-        bias = linear.bias if isinstance(linear.bias, Tensor) else None
+        quantized, scale = ops.quantize_weight(float_weight(linear, "Int8Linear.from_float"))
+        bias = float_bias(linear)
 
         n, k = quantized.shape
         module = cls(k, n, bias is not None, mode=mode, activation=activation or "none", backend=backend, device="meta")
         module._weight, module.weight_scale = quantized, scale
-        if bias is not None:
-            # The kernels take no float64 bias; any other dtype carries over.
-            dtype = torch.float32 if bias.dtype == torch.float64 else bias.dtype
-            module.bias = nn.Parameter(bias.detach().to(dtype, copy=True), requires_grad=bias.requires_grad)
+        module.bias = bias
         if qparams is not None:
             module.input_scale = torch.tensor(qparams[0], dtype=torch.float32, device=scale.device)
             module.input_zero_point = torch.tensor(qparams[1], dtype=torch.int32, device=scale.device)
@@ -141,18 +125,8 @@ class Int8Linear(nn.Module):
 
         A fused activation follows it, in an ``nn.Sequential``.
         """
-        dtype = torch.float32 if self.bias is None else self.bias.dtype
-        linear = nn.Linear(
-            self.in_features, self.out_features, self.bias is not None, device=self.weight_scale.device, dtype=dtype
-        )
-        with torch.no_grad():
-            linear.weight.copy_(self._plain_weight().float() * self.weight_scale[:, None])
-            if self.bias is not None:
-                linear.bias.copy_(self.bias).requires_grad_(self.bias.requires_grad)
-        linear.train(self.training)
-        if self.activation == "none":
-            return linear
-        return nn.Sequential(linear, _ACTIVATION_MODULES[self.activation]()).train(self.training)
+        weight = self._plain_weight().float() * self.weight_scale[:, None]
+        return make_float(weight, self.bias, self.activation, self.training)
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.compiler.is_compiling() and is_plain_eager(x):

@@ -3,7 +3,7 @@
 from pycompress.ops.distill_loss import DISTILL_BACKENDS, DistillLossParts, distill_loss
 from pycompress.ops.distill_loss_call import DIVERGENCES, REDUCTIONS, TopKLogits
 from pycompress.ops.distill_loss_native import distill_kernel_name
-from pycompress.ops.int8_matmul import ACTIVATIONS, BACKENDS, MODES, int8_linear
+from pycompress.ops.int8_matmul import BACKENDS, MODES, int8_linear
 from pycompress.ops.int8_matmul_weight import (
     affine_qparams,
     kernel_name,
@@ -11,15 +11,29 @@ from pycompress.ops.int8_matmul_weight import (
     quantize_weight,
     unpack_weight,
 )
+from pycompress.ops.linear_common import ACTIVATIONS
 from pycompress.ops.linear_distill_loss import linear_distill_loss
+from pycompress.ops.sparse_linear import FORMATS, SPARSE_BACKENDS, sparse_linear
+from pycompress.ops.sparse_linear_weight import (
+    SPARSE_DTYPES,
+    pack_index,
+    row_starts,
+    sparse_from_dense,
+    sparse_kernel_names,
+    sparse_to_dense,
+    validate_sparse,
+)
 
 __all__ = [
     "ACTIVATIONS",
     "BACKENDS",
     "DISTILL_BACKENDS",
     "DIVERGENCES",
+    "FORMATS",
     "MODES",
     "REDUCTIONS",
+    "SPARSE_BACKENDS",
+    "SPARSE_DTYPES",
     "DistillLossParts",
     "TopKLogits",
     "affine_qparams",
@@ -28,7 +42,14 @@ __all__ = [
     "int8_linear",
     "kernel_name",
     "linear_distill_loss",
+    "pack_index",
     "pack_weight",
     "quantize_weight",
+    "row_starts",
+    "sparse_from_dense",
+    "sparse_kernel_names",
+    "sparse_linear",
+    "sparse_to_dense",
     "unpack_weight",
+    "validate_sparse",
 ]

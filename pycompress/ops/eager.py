@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 
 def nothing_watches() -> bool:
@@ -30,3 +31,21 @@ _ASKED = (
     (torch.autograd.profiler, "_is_profiler_enabled"),
 )
 CAN_ASK = all(hasattr(owner, name) for owner, name in _ASKED)
+
+_AUTOCAST_CPU = torch._C.DispatchKey.AutocastCPU
+_CAN_ASK_OF_AUTOCAST = CAN_ASK and hasattr(torch._C, "_dispatch_tls_is_dispatch_key_excluded")
+
+
+def is_plain_eager(x: Tensor) -> bool:
+    """Whether nothing would see a linear layer's call on x but the kernel: as above, and no gradient nor autocast.
+
+    ``torch.compiler.is_compiling()`` is the caller's to ask, so that the compiler can fold it. False on a torch that
+    lacks one of the (private) questions asked.
+    """
+    return (
+        _CAN_ASK_OF_AUTOCAST
+        and type(x) is Tensor
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and torch._C._dispatch_tls_is_dispatch_key_excluded(_AUTOCAST_CPU)  # excluded where autocast is off
+        and nothing_watches()
+    )

@@ -24,18 +24,27 @@ from pycompress._native import DTYPE_CODES
 from pycompress.ops.backend import Backend, Backends
 from pycompress.ops.int8_matmul_reference import Call, reference_int8_linear
 from pycompress.ops.int8_matmul_weight import aligned, pack_weight, unpack_weight
+from pycompress.ops.linear_common import (
+    ACTIVATION_CODES,
+    ACTIVATIONS,
+    activation_backward,
+    autocast_linear,
+    check_bias,
+    check_devices,
+    check_input,
+    check_option,
+)
 from pycompress.ops.rows import row_layout
 
 MODES = ("dynamic", "static", "weight_only")
-ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 _MODE_CODES = {name: code for code, name in enumerate(MODES)}
-_ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 
 
 # ---- native ---------------------------------------------------------------------------------------------------
 
 
-def _native_int8_linear(call: Call) -> Tensor:
+def native_int8_linear(call: Call) -> Tensor:
+    """The native backend: checked arguments, on the CPU."""
     weight = aligned(call.weight) if call.weight.dtype == torch.uint8 else pack_weight(call.weight)
     n = call.weight_scale.shape[0]
     x, layout = row_layout(call.x)
@@ -58,7 +67,7 @@ def native_plan(call: Call, packed: Tensor) -> _C.Int8Plan:
         0 if input_scale is None else input_scale.data_ptr(),
         0 if zero_point is None else zero_point.data_ptr(),
         _MODE_CODES[call.mode],
-        _ACTIVATION_CODES[call.activation],
+        ACTIVATION_CODES[call.activation],
     )
 
 
@@ -71,7 +80,7 @@ def _native_missing(call: Call) -> str | None:
 
 _TABLE = Backends(
     "int8_linear",
-    Backend("native", _native_missing, _native_int8_linear),
+    Backend("native", _native_missing, native_int8_linear),
     Backend("reference", lambda call: None, reference_int8_linear),
 )
 BACKENDS, pick = _TABLE.names, _TABLE.pick
@@ -82,25 +91,16 @@ BACKENDS, pick = _TABLE.names, _TABLE.pick
 
 def check_options(mode: str, activation: str, backend: str = "auto") -> None:
     """Raises ``ValueError`` for a name that is not in MODES, ACTIVATIONS or BACKENDS."""
-    for what, value, allowed in (
-        ("mode", mode, MODES),
-        ("activation", activation, ACTIVATIONS),
-        ("backend", backend, BACKENDS),
-    ):
-        if value not in allowed:
-            raise ValueError(f"int8_linear: {what}={value!r}, expected one of {', '.join(allowed)}")
+    check_option("int8_linear", "mode", mode, MODES)
+    check_option("int8_linear", "activation", activation, ACTIVATIONS)
+    check_option("int8_linear", "backend", backend, BACKENDS)
 
 
 def check(call: Call) -> None:
     """Everything that can be told from shapes, dtypes and devices; the kernels check the values."""
     x, weight, scale, bias = call.x, call.weight, call.weight_scale, call.bias
     check_options(call.mode, call.activation)
-    if x.dtype not in DTYPE_CODES:
-        raise ValueError(f"int8_linear: x has dtype {x.dtype}, expected float32, bfloat16 or float16")
-    if x.layout is not torch.strided:
-        raise ValueError(f"int8_linear: x is {x.layout}, expected a dense tensor; use x.to_dense()")
-    if x.dim() == 0:
-        raise ValueError("int8_linear: x is a scalar, expected (..., K)")
+    check_input("int8_linear", x)
     if scale.dtype != torch.float32 or scale.dim() != 1 or not scale.is_contiguous():
         raise ValueError(
             f"int8_linear: weight_scale has {scale.dtype} {tuple(scale.shape)}, expected contiguous float32 (N,)"
@@ -115,16 +115,8 @@ def check(call: Call) -> None:
             f"int8_linear: weight has {weight.dtype} {tuple(weight.shape)}, expected int8 (N, K) or the result of "
             "pack_weight"
         )
-    if bias is not None and (bias.shape != scale.shape or bias.dtype not in DTYPE_CODES or not bias.is_contiguous()):
-        raise ValueError(
-            f"int8_linear: bias has {bias.dtype} {tuple(bias.shape)}, expected contiguous "
-            f"float32, bfloat16 or float16 ({scale.shape[0]},)"
-        )
-    for name, tensor in (("weight", weight), ("weight_scale", scale), ("bias", bias)):
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(
-                f"int8_linear: x is on {x.device} but {name} is on {tensor.device}; move one with .to(device)"
-            )
+    check_bias("int8_linear", bias, scale.shape[0])
+    check_devices("int8_linear", x, weight=weight, weight_scale=scale, bias=bias)
     if call.mode == "static" or call.input_scale is not None or call.input_zero_point is not None:
         _check_static(call)
 
@@ -189,35 +181,14 @@ def _fake(
     return x.new_empty((*x.shape[:-1], weight_scale.shape[0]))
 
 
-_AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
-    torch._C.DispatchKey.AutocastCUDA
-)
-
-
 def _autocast(x: Tensor, *args: object, **kwargs: object) -> Tensor:
-    """As ``nn.Linear`` under autocast: x goes to the autocast dtype, float64 excepted. Scales and bias stay."""
-    device = x.device.type
-    if device in ("cpu", "cuda") and x.dtype in DTYPE_CODES:
-        x = x.to(torch.get_autocast_dtype(device))
-    with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
-        return torch.ops.pycompress.int8_linear.default(x, *args, **kwargs)
+    return autocast_linear(torch.ops.pycompress.int8_linear.default, x, *args, **kwargs)
 
 
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
     x, weight, weight_scale, bias, mode, input_scale, input_zero_point, activation, backend = inputs
     ctx.save_for_backward(x, weight, weight_scale, bias, input_scale, input_zero_point)
     ctx.options = (mode, activation, backend)  # type: ignore[attr-defined]
-
-
-def _activation_backward(grad: Tensor, before: Tensor, activation: str) -> Tensor:
-    """In formulas that are differentiable in their turn."""
-    aten = torch.ops.aten
-    if activation == "relu":
-        return aten.threshold_backward(grad, before, 0)
-    if activation == "silu":
-        gate = torch.sigmoid(before)
-        return grad * gate * (1 + before * (1 - gate))
-    return aten.gelu_backward(grad, before, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
 def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -228,7 +199,7 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[T
         before = torch.ops.pycompress.int8_linear.default(
             x, weight, weight_scale, bias, mode, input_scale, input_zero_point, "none", backend
         )
-        grad = _activation_backward(grad, before, activation)
+        grad = activation_backward(grad, before, activation)
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
         if weight.dtype == torch.uint8:

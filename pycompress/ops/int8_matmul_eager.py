@@ -13,39 +13,17 @@ from torch import Tensor
 
 from pycompress import _C
 from pycompress._native import DTYPE_CODES
-from pycompress.ops.eager import CAN_ASK, nothing_watches
 from pycompress.ops.int8_matmul import check, native_plan
 from pycompress.ops.int8_matmul_reference import Call
 from pycompress.ops.int8_matmul_weight import ALIGNMENT
-
-_AUTOCAST_CPU = torch._C.DispatchKey.AutocastCPU
-
-
-# Without it every call takes the operator.
-_CAN_ASK = CAN_ASK and hasattr(torch._C, "_dispatch_tls_is_dispatch_key_excluded")
-
-
-def is_plain_eager(x: Tensor) -> bool:
-    """Whether nothing would see a call on x but the kernel: no gradient, mode, tracer, transform or profiler.
-
-    ``torch.compiler.is_compiling()`` is the caller's to ask, so that the compiler can fold it. False on a torch that
-    lacks one of the (private) questions asked.
-    """
-    return (
-        _CAN_ASK
-        and type(x) is Tensor
-        and not (x.requires_grad and torch.is_grad_enabled())
-        and torch._C._dispatch_tls_is_dispatch_key_excluded(_AUTOCAST_CPU)  # excluded where autocast is off
-        and nothing_watches()
-    )
 
 
 class EagerPlan:
     """A layer's tensors, checked once.
 
     :meth:`run` computes what the operator computes, or answers None where it is not sure; the operator then runs, or
-    says what is wrong. Ask :func:`is_plain_eager` and
-    :meth:`is_for` first.
+    says what is wrong. Ask
+    :func:`pycompress.ops.eager.is_plain_eager` and :meth:`is_for` first.
     """
 
     __slots__ = ("_addresses", "_held", "_k", "_n", "_native", "_tensors")
