@@ -11,11 +11,13 @@ from collections.abc import Sequence
 
 import torch  # loads libgomp.so.1 before _C does
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.dlpack import from_dlpack
 
 from pycompress import _C
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
 
 def available_isas() -> list[str]:
     """Instruction-set levels that the CPU and this build support, best first; the last is ``"scalar"``."""
@@ -30,6 +32,11 @@ def selected_isa() -> str:
 def cpu_features() -> list[str]:
     """Features of the CPU that matter to the kernels, e.g. ``["avx2", "fma", "avx512f", "avx512vnni"]``."""
     return list(_C.cpu_features())
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether there is memory behind the tensor: it is not on the meta device, and no fake one of a tracer."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -54,8 +54,12 @@ def machine_key(threads: int) -> dict[str, Any]:
 def cache_dir() -> Path:
     if own := os.environ.get("PYCOMPRESS_CACHE"):
         return Path(own)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "pycompress"
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "pycompress"
+    try:
+        return Path.home() / ".cache" / "pycompress"
+    except RuntimeError:  # a user without a home, as in many containers
+        return Path(tempfile.gettempdir()) / "pycompress"
 
 
 def cache_path(key: dict[str, Any]) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
@@ -55,7 +55,10 @@ class Explanation(TextTable):
 
 
 def _us(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{seconds * 1e6:.4g}"
+    if seconds is None:
+        return "-"
+    us = seconds * 1e6
+    return f"{us:,.0f}".replace(",", " ") if us >= 100 else f"{us:.3g}"
 
 
 def explain_layer(
@@ -70,9 +73,10 @@ def explain_layer(
     """
     from pycompress.cost_model import default_cost_model
 
-    tokens = DEFAULT_TOKENS if tokens is None else tuple(tokens)
-    if not all(isinstance(m, int) and m >= 1 for m in tokens):
-        raise ValueError(f"SparseLinear.explain: tokens={tokens!r}; expected integers of at least 1")
+    given = DEFAULT_TOKENS if tokens is None else tokens
+    tokens = tuple(given) if isinstance(given, Iterable) else ()
+    if not tokens or not all(isinstance(m, int) and m >= 1 for m in tokens):
+        raise ValueError(f"SparseLinear.explain: tokens={given!r}; expected a sequence of integers, each at least 1")
     shape = Shape.of_layer(layer)
     model = model or default_cost_model()
     measure = measure and layer.weight_bitmap.device.type == "cpu"
@@ -99,6 +103,8 @@ def explain_layer(
 
 
 def _why(layer: SparseLinear, form: str, m: int, predicted: dict[str, float], model: CostModel, shape: Shape) -> str:
+    if layer.backend == "reference":
+        return "backend='reference' unpacks the weight for each call"
     if layer.format != "auto":
         return f"format={layer.format!r} was asked for"
     known = "measured on this layer" if model.is_corrected(form, m, shape) else "predicted"

@@ -121,8 +121,9 @@ class SparseLayerReport(LayerReport):
 class SparsifyReport(ConversionReport):
     """The result of sparsify_. `print(report)` shows a table; rich shows the same one in colour.
 
-    bytes_before, bytes_after: as in QuantizeReport. The times say what the dense layer would take at each number
-    of tokens, and what the layer in its place takes: predicted, or measured where the prediction was a tie.
+    bytes_before, bytes_after: as in QuantizeReport. The speed-up at each number of tokens M is the time of the dense
+    layer (for int8 of the dense Int8Linear) over that of the layer in its place: predicted, or measured where the
+    prediction was a tie. 1 is where the layer in place computes densely. `layers[i].times` holds the times.
     """
 
     dtype: str
@@ -133,7 +134,7 @@ class SparsifyReport(ConversionReport):
 
     header: ClassVar[tuple[str, ...]] = (
         "layer", "count", "shape", "sparsity", "action", "format", "activation", "MB before", "MB after",
-        "us dense -> now", "why",
+        "speed-up at M", "why",
     )  # fmt: skip
 
     @property
@@ -157,20 +158,19 @@ class SparsifyReport(ConversionReport):
         known = [layer.sparsity for layer in sparse if layer.sparsity is not None]
         low, high = (f"{min(known):.3g}", f"{max(known):.3g}") if known else ("", "")
         sparsity = low if low == high else f"{low}..{high}"
-        choice, times = (sparse[0].choice, _times(sparse)) if sparse else ("", "")
-        return name, count, shape, sparsity, action, choice, activation, before, after, times, reason
+        choice, gains = (sparse[0].choice, _speed_ups(sparse)) if sparse else ("", "")
+        return name, count, shape, sparsity, action, choice, activation, before, after, gains, reason
 
 
-def _times(group: Sequence[SparseLayerReport]) -> str:
-    """The mean times of a row's layers: `1: 20 -> 9, 128: 900 -> 300`; empty where none are known."""
+def _speed_ups(group: Sequence[SparseLayerReport]) -> str:
+    """Of a row's layers together: `1: 2.3, 128: 4.1`; empty where none are known, or all is dense."""
     tokens = [m for m, _, _ in group[0].times]
-    if not tokens or any([m for m, _, _ in layer.times] != tokens for layer in group):
+    if any([m for m, _, _ in layer.times] != tokens for layer in group):
         return ""
-    cells = []
-    for i, m in enumerate(tokens):
-        dense, now = (sum(layer.times[i][j] for layer in group) / len(group) for j in (1, 2))
-        cells.append(f"{m}: {dense * 1e6:.3g} -> {now * 1e6:.3g}" if dense != now else f"{m}: {dense * 1e6:.3g}")
-    return ", ".join(cells)
+    sums = [(m, *(sum(layer.times[i][j] for layer in group) for j in (1, 2))) for i, m in enumerate(tokens)]
+    if all(dense == now for _, dense, now in sums):
+        return ""
+    return ", ".join(f"{m}: {'1' if dense == now else f'{dense / now:.2g}'}" for m, dense, now in sums)
 
 
 def starred(text: str) -> str:

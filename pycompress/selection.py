@@ -183,6 +183,8 @@ def _is_conv1d(kind: type, *, exact: bool) -> bool:
 
 
 def _check_patterns(modules: ModuleMap, skip: str | Iterable[str], op: str) -> list[str]:
+    if not isinstance(skip, Iterable):
+        raise TypeError(f"{op}: skip={skip!r}; expected a qualified name or glob pattern, or several of them")
     patterns = [skip] if isinstance(skip, str) else list(skip)
     every = [name for names in modules.names.values() for name in names if name]
     for pattern in patterns:

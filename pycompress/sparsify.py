@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from types import NoneType
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from pycompress.convert import apply_edits, attention_rows, carry_marks, shape_of, unchanged_error
+from pycompress.cost_core import ANY_M
 from pycompress.cost_model import DEFAULT_TOKENS, CostModel, Shape, default_cost_model, describe_choice, form_at
 from pycompress.fuse import Edit, FusionPlan, fast_path_edits, plan_fusions
 from pycompress.nn import Int8Linear, MaskedLinear, SparseLinear
@@ -83,13 +85,12 @@ def sparsify_(
     Raises TypeError or ValueError for a bad argument, ValueError naming the layer whose kept weights are not
     finite. Whenever it raises, the model is what it was.
     """
-    options = _Options(dtype, format, backend, tuple(tokens), min_sparsity, cost_model)
-    _check_arguments(model, options)
+    check_root(model, _OP)
+    options = _Options(dtype, format, backend, _checked_tokens(tokens), min_sparsity, cost_model)
+    _check_arguments(options)
     modules = ModuleMap(model)
     shadow = Shadow(model, opaque=OURS)
-    layers = select(
-        modules, shadow, op=_OP, skip=skip, filter_fn=filter_fn, takes=(MaskedLinear,), pruned=True
-    )
+    layers = select(modules, shadow, op=_OP, skip=skip, filter_fn=filter_fn, takes=(MaskedLinear,), pruned=True)
     before = model_bytes(model)
     made = {layer.module: _convert(layer, options) for layer in layers if not layer.reason}
 
@@ -114,8 +115,17 @@ def sparsify_(
     return SparsifyReport(dtype, format, before, model_bytes(model), [*rows, *attention_rows(modules)])
 
 
-def _check_arguments(model: nn.Module, options: _Options) -> None:
-    check_root(model, _OP)
+def _checked_tokens(tokens: Sequence[int]) -> tuple[int, ...]:
+    try:
+        found = tuple(tokens)
+    except TypeError:
+        found = ()
+    if not found or not all(isinstance(m, int) and 1 <= m < ANY_M for m in found):
+        raise ValueError(f"{_OP}: tokens={tokens!r}; expected a sequence of integers, each at least 1")
+    return found
+
+
+def _check_arguments(options: _Options) -> None:
     named = (
         ("dtype", options.dtype, tuple(SPARSE_DTYPES)),
         ("format", options.format, FORMATS),
@@ -126,10 +136,13 @@ def _check_arguments(model: nn.Module, options: _Options) -> None:
             raise ValueError(f"{_OP}: unknown {name} {value!r}; expected one of {', '.join(expected)}")
     if options.format == "dense":
         raise ValueError(f"{_OP}: format='dense' would make nothing sparse; expected auto, bitmap or index")
-    if not options.tokens or not all(isinstance(m, int) and m >= 1 for m in options.tokens):
-        raise ValueError(f"{_OP}: tokens={options.tokens!r}; expected at least one integer, each at least 1")
-    if not 0.0 <= options.min_sparsity <= 1.0:
-        raise ValueError(f"{_OP}: min_sparsity={options.min_sparsity}; expected a fraction from 0 to 1")
+    if not isinstance(options.min_sparsity, (int, float)) or not 0.0 <= options.min_sparsity <= 1.0:
+        raise ValueError(f"{_OP}: min_sparsity={options.min_sparsity!r}; expected a fraction from 0 to 1")
+    if not isinstance(options.cost_model, (CostModel, NoneType)):
+        raise TypeError(
+            f"{_OP}: cost_model is a {type(options.cost_model).__name__}; expected the result of "
+            "calibrate_cost_model() or default_cost_model(), or None"
+        )
 
 
 def _takes_activation(module: nn.Module) -> bool:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from pycompress import _native
+from pycompress import _native, cost_calibration, cost_model
+from pycompress.cost_core import Fit
+from tests.cost_fakes import model_of
 
 
 @pytest.fixture(params=_native.available_isas())
@@ -25,3 +29,27 @@ def _no_measuring(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.Temp
     """Built-in figures for the cost model: a test calibrates nothing, and the user's cache stays as it is."""
     monkeypatch.setenv("PYCOMPRESS_COST_MODEL", "builtin")
     monkeypatch.setenv("PYCOMPRESS_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """No override, an empty cache of its own, and nothing remembered in the process."""
+    monkeypatch.delenv("PYCOMPRESS_COST_MODEL")
+    monkeypatch.setenv("PYCOMPRESS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(cost_model, "_models", {})
+    monkeypatch.setattr(cost_model, "_gave_up", set())
+    monkeypatch.setattr(cost_model, "settle_ties", lambda *args, **kwargs: None)  # its tests call it by itself
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def calibrations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Calibrations answer at once; the list holds the dtypes that were measured."""
+    measured: list[str] = []
+
+    def measure_fits(dtype: str, *, progress: object = None) -> dict[tuple[str, str], Fit]:
+        measured.append(dtype)
+        return dict(model_of(dtype).fits)
+
+    monkeypatch.setattr(cost_calibration, "measure_fits", measure_fits)
+    return measured

@@ -191,3 +191,16 @@ def test_lowest(values, count):
     chosen = lowest(scores, count)
     expected = sorted(range(len(values)), key=lambda i: (values[i], i))[:count]
     assert chosen.nonzero().flatten().tolist() == sorted(expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("order", ["falling", "rising", "random"])
+def test_lowest_of_many(dtype, order):
+    scores = {"falling": -torch.arange(5e4), "rising": torch.arange(5e4), "random": torch.randn(50_000)}[order].to(
+        dtype
+    )
+    scores = scores.clamp(-6e4, 6e4).requires_grad_()
+    for count in (1, 20_000, 49_999):
+        expected = torch.zeros(len(scores), dtype=torch.bool)
+        expected[scores.sort(stable=True).indices[:count]] = True
+        assert torch.equal(lowest(scores, count), expected)

@@ -4,116 +4,51 @@ A cost model that was made up decides, so that nothing here depends on the machi
 """
 
 import copy
-import io
 import pickle
 import re
 
 import pytest
 import torch
-from rich.console import Console
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import pycompress
-from pycompress.cost_core import DTYPES, FORMS, CostModel, Fit, Shape
+from pycompress.cost_core import DTYPES
 from pycompress.nn import Int8Linear, MaskedLinear, SparseLinear
 from pycompress.sparsify import sparsify_
+from tests.sparsify_models import (
+    DENSE,
+    SPARSE,
+    Half,
+    assert_close,
+    bias_pruned,
+    constant,
+    hook_pruned,
+    mask_of,
+    masked,
+    output,
+    parametrized,
+    pruned_twice,
+    row,
+    two_layers,
+    zeroed,
+)
 
 transformers = pytest.importorskip("transformers")
 
 
-def constant(**seconds):
-    """A cost model in which a form takes so long, whatever the layer; a number or {M: seconds}."""
-    fits = {}
-    for form in FORMS:
-        value = seconds.get(form, 9e-6)
-        table = value if isinstance(value, dict) else {1: value, 10**6: value}
-        for dtype in DTYPES:
-            width = len(Shape.random(8, 8, 0.5, dtype).counts(form)) - 1
-            fits[dtype, form] = Fit(tuple(table), tuple((t, *[0.0] * width) for t in table.values()))
-    return CostModel(fits, threads=1, measured=frozenset(DTYPES))
-
-
-SPARSE = constant(index=1e-6)
-DENSE = constant(dense=1e-6)
-
-
-def mask_of(layer, sparsity=0.75):
-    return torch.rand(layer.out_features, layer.in_features) >= sparsity
-
-
-def zeroed(layer, sparsity=0.75):
-    with torch.no_grad():
-        layer.weight *= mask_of(layer, sparsity)
-    return layer
-
-
-def masked(layer, sparsity=0.75, gradient="masked"):
-    return MaskedLinear.from_linear(layer, mask_of(layer, sparsity), gradient)
-
-
-def two_layers(make=zeroed):
-    return nn.Sequential(make(nn.Linear(24, 40)), nn.Tanh(), make(nn.Linear(40, 8)))
-
-
-def output(model, *args):
-    with torch.no_grad():
-        y = model(*args)
-    return y if isinstance(y, torch.Tensor) else y[0]
-
-
-def row(report, name):
-    return next(layer for layer in report.layers if layer.name == name)
-
-
-TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-2, "int8": 3e-2}
-
-
-def assert_close(actual, expected, dtype="float32"):
-    error = (actual.double() - expected.double()).norm() / expected.double().norm()
-    assert error < TOLERANCE[dtype], error
-
-
 # --- what is swapped ---
-
-
-class Half(nn.Module):
-    """A parametrization with zeros in its result."""
-
-    def forward(self, weight):
-        return torch.where(weight > 0, weight, 0)
-
-
-def _hook_pruned(layer):
-    prune.l1_unstructured(layer, "weight", 0.75)
-    return layer
-
-
-def _pruned_twice(layer):
-    prune.random_unstructured(layer, "weight", 0.5)
-    prune.l1_unstructured(layer, "weight", 0.5)
-    return layer
-
-
-def _bias_pruned(layer):
-    prune.l1_unstructured(layer, "bias", 0.5)
-    return _hook_pruned(layer)
-
-
-def _parametrized(layer):
-    parametrize.register_parametrization(layer, "weight", Half())
-    return layer
 
 
 KINDS = {
     "zeros": zeroed,
     "masked": masked,
     "masked, dense gradient": lambda layer: masked(layer, gradient="dense"),
-    "hooks": _hook_pruned,
-    "hooks twice": _pruned_twice,
-    "hooks, bias too": _bias_pruned,
-    "removed hooks": lambda layer: prune.remove(_hook_pruned(layer), "weight"),
-    "parametrized": _parametrized,
+    "hooks": hook_pruned,
+    "hooks twice": pruned_twice,
+    "hooks, bias too": bias_pruned,
+    "removed hooks": lambda layer: prune.remove(hook_pruned(layer), "weight"),
+    "parametrized": parametrized,
 }
 
 
@@ -184,7 +119,7 @@ def test_conv1d(bias, pruned):
 
 def test_the_weight_of_hooks_is_the_newest():
     """torch.nn.utils.prune computes `weight` before each forward; an optimizer step since then counts."""
-    model = nn.Sequential(_bias_pruned(nn.Linear(24, 40)))
+    model = nn.Sequential(bias_pruned(nn.Linear(24, 40)))
     model(torch.randn(2, 24))
     with torch.no_grad():
         model[0].weight_orig.mul_(3.0)
@@ -313,7 +248,7 @@ def test_a_parametrization_is_looked_at_without_changing_it():
 
 
 def test_other_hooks_and_parametrizations_stay():
-    model = nn.Sequential(_hook_pruned(nn.Linear(8, 8)), zeroed(nn.Linear(8, 8)), _parametrized(nn.Linear(8, 8)))
+    model = nn.Sequential(hook_pruned(nn.Linear(8, 8)), zeroed(nn.Linear(8, 8)), parametrized(nn.Linear(8, 8)))
     model[0].register_forward_hook(lambda *a: None)
     model[1].register_forward_pre_hook(lambda *a: None)
     parametrize.register_parametrization(model[2], "bias", Half())
@@ -322,7 +257,7 @@ def test_other_hooks_and_parametrizations_stay():
 
 
 def test_a_tied_parametrized_weight_stays():
-    model = nn.ModuleDict({"a": _parametrized(nn.Linear(8, 8)), "b": nn.Embedding(8, 8)})
+    model = nn.ModuleDict({"a": parametrized(nn.Linear(8, 8)), "b": nn.Embedding(8, 8)})
     model["b"].weight = model["a"].parametrizations.weight.original
     report = sparsify_(model, cost_model=SPARSE)
     assert row(report, "a").reason == "its parametrizations.weight.original is tied to b.weight"
@@ -349,172 +284,3 @@ def test_quantize_leaves_sparse_and_masked_layers():
     assert reasons[1] == "is a MaskedLinear; sparsify_ makes it sparse, its to_linear() dense"
     held = model[0].memory_bytes() + model[2].memory_bytes()
     assert report.bytes_after == held + 4 * (64 + 8) + 64  # the mask of 64 bytes
-
-
-# --- activations ---
-
-
-@pytest.mark.parametrize("make", [zeroed, masked, _hook_pruned, _parametrized])
-@pytest.mark.parametrize("dtype", ["float32", "int8"])
-def test_activations_are_folded_in(make, dtype):
-    model = nn.Sequential(make(nn.Linear(24, 40)), nn.GELU(), make(nn.Linear(40, 8)), nn.ReLU()).eval()
-    x = torch.randn(20, 24)
-    expected = output(model, x)
-    report = sparsify_(model, dtype, cost_model=SPARSE)
-    assert [type(m) for m in model] == [SparseLinear, nn.Identity, SparseLinear, nn.Identity]
-    assert [layer.activation for layer in report.fused] == ["gelu", "relu"]
-    assert_close(output(model, x), expected, dtype)
-    unfused = nn.Sequential(make(nn.Linear(24, 40)), nn.GELU())
-    assert not sparsify_(unfused, dtype, cost_model=SPARSE, fuse=False).fused
-    assert isinstance(unfused[1], nn.GELU)
-
-
-def test_only_int8_folds_into_a_dense_layer():
-    model = nn.Sequential(masked(nn.Linear(24, 40)), nn.GELU())
-    assert not sparsify_(model, cost_model=DENSE).fused
-    assert [type(m) for m in model] == [nn.Linear, nn.GELU]
-    model = nn.Sequential(masked(nn.Linear(24, 40)), nn.GELU())
-    report = sparsify_(model, "int8", cost_model=DENSE)
-    assert [layer.activation for layer in report.fused] == ["gelu"]
-    assert [type(m) for m in model] == [Int8Linear, nn.Identity]
-
-
-@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-@pytest.mark.parametrize("pad", [False, True])
-def test_transformer_encoder(pad):
-    layer = nn.TransformerEncoderLayer(32, 4, 64, activation="gelu", batch_first=True)
-    model = nn.TransformerEncoder(layer, 2).eval()
-    for part in model.layers:
-        zeroed(part.linear1)
-        zeroed(part.linear2)
-    x = torch.randn(3, 9, 32)
-    lengths = torch.tensor([9, 4, 6])[:, None]
-    kwargs = {"src_key_padding_mask": torch.arange(9)[None] >= lengths} if pad else {}
-    valid = torch.arange(9)[None] < lengths if pad else ...
-    with torch.no_grad():
-        expected = model(x, **kwargs)[valid]
-        report = sparsify_(model, cost_model=SPARSE)
-        actual = model(x, **kwargs)[valid]
-    assert len(report.swapped) == 4
-    assert [layer.activation for layer in report.fused] == ["gelu"] * 2
-    assert_close(actual, expected)
-    assert any("MultiheadAttention" in layer.reason for layer in report.left)
-
-
-def test_hugging_face():
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    model = transformers.BertModel(transformers.BertConfig(vocab_size=99, **sizes)).eval()
-    for module in model.encoder.modules():
-        if isinstance(module, nn.Linear):
-            zeroed(module)
-    ids = torch.randint(0, 90, (2, 17))
-    expected = output(model, ids)
-    report = sparsify_(model, cost_model=SPARSE)
-    assert len(report.swapped) == 12
-    assert [layer.activation for layer in report.fused] == ["gelu"] * 2
-    assert row(report, "pooler.dense").reason == "its weight has no zeros"
-    assert_close(output(model, ids), expected)
-
-
-# --- all or nothing ---
-
-
-def snapshot(model):
-    return [(name, id(module), dict(module._modules)) for name, module in model.named_modules()]
-
-
-def test_failure_half_way_changes_nothing(monkeypatch):
-    model = nn.Sequential(two_layers(masked), nn.ReLU(), two_layers(_hook_pruned))
-    before, state = snapshot(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    original, calls = SparseLinear.from_dense, []
-
-    def failing(linear, *args, **kwargs):
-        calls.append(linear)
-        if len(calls) == 4:
-            raise MemoryError("no memory")
-        return original(linear, *args, **kwargs)
-
-    monkeypatch.setattr(SparseLinear, "from_dense", failing)
-    with pytest.raises(RuntimeError, match=r"sparsify_: layer '2\.2': no memory.*skip='2\.2'"):
-        sparsify_(model, cost_model=SPARSE)
-    assert snapshot(model) == before
-    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("dtype", ["float32", "int8"])
-def test_weights_that_are_not_finite(value, dtype):
-    model = two_layers()
-    model[2].weight.data[1, 3] = value
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=r"sparsify_: layer '2'.*unchanged.*skip='2'"):
-        sparsify_(model, dtype, cost_model=SPARSE)
-    assert snapshot(model) == before
-    assert len(sparsify_(model, dtype, cost_model=SPARSE, skip="2").swapped) == 1
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_fully_pruned_layer(dtype):
-    model = nn.Sequential(zeroed(nn.Linear(24, 40), 2.0))
-    x = torch.randn(20, 24)
-    expected = output(model, x)
-    report = sparsify_(model, dtype, cost_model=SPARSE)
-    assert report.layers[0].sparsity == 1.0
-    torch.testing.assert_close(output(model, x), expected)
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "error", "match"),
-    [
-        ({"dtype": "fp32"}, ValueError, "unknown dtype 'fp32'; expected one of float32"),
-        ({"format": "csr"}, ValueError, "unknown format 'csr'; expected one of auto"),
-        ({"format": "dense"}, ValueError, "would make nothing sparse"),
-        ({"backend": "fast"}, ValueError, "unknown backend 'fast'"),
-        ({"tokens": ()}, ValueError, "at least one integer"),
-        ({"tokens": (0,)}, ValueError, "at least one integer"),
-        ({"min_sparsity": 1.5}, ValueError, "min_sparsity=1.5"),
-        ({"min_sparsity": float("nan")}, ValueError, "min_sparsity=nan"),
-        ({"skip": "head"}, ValueError, "skip='head' matches no module"),
-    ],
-)
-def test_bad_arguments(kwargs, error, match):
-    model = two_layers()
-    before = list(model)
-    with pytest.raises(error, match=match):
-        sparsify_(model, cost_model=SPARSE, **kwargs)
-    assert list(model) == before
-
-
-def test_root_must_be_a_container():
-    with pytest.raises(ValueError, match=r"sparsify_: the model is itself a MaskedLinear.*SparseLinear\.from_dense"):
-        sparsify_(MaskedLinear(4, 4))
-    with pytest.raises(TypeError, match="model is a Tensor"):
-        sparsify_(torch.ones(3))
-
-
-# --- the report ---
-
-
-def test_report():
-    model = nn.Sequential(*(nn.Sequential(zeroed(nn.Linear(64, 64)), nn.ReLU()) for _ in range(3)), nn.Linear(64, 8))
-    report = sparsify_(model, cost_model=SPARSE)
-    text = str(report)
-    assert "*.*  " in text, "layers that differ by a number share a row"
-    assert "3 swapped, 0 faster dense, 1 left as they were, 3 with an activation folded in" in text
-    assert "1: 9 -> 1, 8: 9 -> 1" in text
-    assert len(report.rows()) == 2
-    assert re.fullmatch(r"0\.7\d+\.\.0\.7\d+", report.rows()[0][3])
-    held = sum(module.memory_bytes() for module in model.modules() if isinstance(module, SparseLinear))
-    assert report.bytes_after == held + 4 * (64 * 8 + 8)
-    assert report.bytes_before == 4 * (3 * 64 * 65 + 65 * 8)
-    assert sum(layer.bytes_after for layer in report.swapped) == held
-    console = Console(file=io.StringIO(), width=250)
-    console.print(report)
-    assert "us dense -> now" in console.file.getvalue()
-
-
-def test_report_of_nothing():
-    report = sparsify_(nn.Sequential(nn.ReLU()))
-    assert not report.layers
-    assert "0 swapped" in str(report)

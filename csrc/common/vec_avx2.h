@@ -106,6 +106,13 @@ struct Vec {
     for (int j = 0; j < 8; ++j) r[j] = t[j];
   }
 
+  // out[t] lane i = 32-bit element t of row i: 8 elements of 8 rows that lie `stride` bytes apart
+  __attribute__((always_inline)) static void load_columns(const char* row, int64_t stride, I (&out)[8]) {
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) out[i] = iload(row + i * stride);
+    transpose(out);
+  }
+
   static int32_t reduce_add(I v) {
     const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
     const __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));

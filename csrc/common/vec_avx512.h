@@ -95,6 +95,38 @@ struct Vec {
     }
   }
 
+  // out[t] lane i = 32-bit element t of row i: 8 elements of 16 rows that lie `stride` bytes apart
+  __attribute__((always_inline)) static void load_columns(const char* row, int64_t stride, I (&out)[8]) {
+    const auto pair = [&](int64_t low, int64_t high) __attribute__((always_inline)) {
+      const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + low * stride));
+      const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + high * stride));
+      return _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
+    };
+    I r[8], t[8];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      r[i] = pair(i, i + 4);
+      r[i + 4] = pair(i + 8, i + 12);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += 2) {
+      t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+      t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 8; i += 4) {  // r[i + j]: elements j, j + 4 of four rows, then of the four rows behind these
+      r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+      r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+      r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+      r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      out[j] = _mm512_shuffle_i32x4(r[j], r[j + 4], 0x88);
+      out[j + 4] = _mm512_shuffle_i32x4(r[j], r[j + 4], 0xdd);
+    }
+  }
+
   static int32_t reduce_add(I v) { return _mm512_reduce_add_epi32(v); }
   static uint32_t reduce_max_u32(I v) { return _mm512_reduce_max_epu32(v); }
   static uint16_t reduce_max_u16(I v) {

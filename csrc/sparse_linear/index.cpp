@@ -1,6 +1,7 @@
 #include "sparse_linear/index.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "common/check.h"
 #include "common/memory.h"
@@ -51,8 +52,12 @@ struct Grid {
 
 // Nanoseconds one thread needs for its share. Measured on a Zen 5 server; only the ratios matter.
 double share_cost(const Args& a, const IndexWeight& w, double registers, double part, int lanes) {
-  const double fill = registers * lanes * double(a.k) * (w.layout->type == WeightType::s8 ? 0.06 : 0.12);
-  const double walk = registers * double(w.strips[strip_count(w.n)].value) * part * 0.25;
+  const bool integer = w.layout->type == WeightType::s8;
+  const double panels = std::ceil(registers / 4);
+  const double fill = registers * lanes * double(a.k) * (integer ? 0.06 : 0.12);
+  // A value is broadcast once a panel, and then meets each of its registers: a narrow panel is the dearer one.
+  const double a_value = integer ? 0.2 * panels + 0.1 * registers : 0.1 * panels + 0.28 * registers;
+  const double walk = double(w.strips[strip_count(w.n)].value) * part * a_value;
   const double finish = registers * lanes * double(a.n) * part * 0.08;
   return fill + walk + finish;
 }

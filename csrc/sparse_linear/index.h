@@ -23,7 +23,7 @@ namespace pycompress::sparse_linear {
 
 constexpr int kStrip = 16;                // outputs
 constexpr int kPanelTokens = 64;          // at most
-constexpr int64_t kMaxUnits = 65536;      // what a u16 can name
+constexpr int64_t kMaxUnits = 65535;      // what a u16 can name and count
 constexpr int64_t kMaxRowCount = 130000;  // s8: 127 * 127 * this stays below 2^31; sums may wrap on the way
 
 struct IndexLayout {
@@ -90,7 +90,7 @@ struct IndexBlock {
   const Args* args;
   const IndexWeight* weight;
   const float* bias;   // [N, padded to strips] in f32; zeros where there is none
-  const float* scale;  // [N, padded likewise] weight_scale; ones for float weights
+  const float* scale;  // [N, padded likewise] weight_scale; float weights have none
   Range tokens, strips;
   char* scratch;  // scratch_bytes of it, this thread's own
 };

@@ -261,15 +261,14 @@ void run_int_block(const IndexBlock& block) {
 }
 
 inline int64_t float_scratch_bytes(const Args& a, const IndexWeight&) {
-  return PanelScratch(nullptr, panel_bytes(a.k, false)).rows - static_cast<char*>(nullptr) +
-         FloatSource<Dtype::f32>::rows_bytes(a, a.k);
+  return PanelScratch::bytes(panel_bytes(a.k, false), FloatSource<Dtype::f32>::rows_bytes(a, a.k));
 }
 
 template <class Dot8>
 int64_t int_scratch_bytes(const Args& a, const IndexWeight& weight) {
   const int64_t units = (a.k + Dot8::kLayout.ku - 1) / Dot8::kLayout.ku;
-  return PanelScratch(nullptr, panel_bytes(weight.gather ? a.k : units, weight.gather)).rows -
-         static_cast<char*>(nullptr) + QuantizedSource<Dot8, Dtype::f32>::rows_bytes(a, a.k);
+  return PanelScratch::bytes(panel_bytes(weight.gather ? a.k : units, weight.gather),
+                             QuantizedSource<Dot8, Dtype::f32>::rows_bytes(a, a.k));
 }
 
 }  // namespace

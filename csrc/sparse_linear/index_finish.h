@@ -18,39 +18,36 @@ PYCOMPRESS_INLINE Vec::F finish_outputs(Vec::I sums, float x_scale, Vec::F w_sca
 
 // The tile of some strips, [strips * kStrip, nv * L], to rows `tokens` of y.
 //
-// For each register of tokens all strips, so that a row of y is written in pieces of several cache lines: where rows
-// are a multiple of 4096 bytes apart, one line of each of 64 rows would be more than a cache set holds.
+// Eight tokens at a time, and for these all strips: rows of y that are a multiple of 4096 bytes apart fall into one set
+// of the cache, which holds twelve lines. With 16 tokens, lines that were fetched to be written were lost again.
 template <bool INTEGER, Activation A, Dtype D>
 void finish_strips(const IndexBlock& block, Range tokens, Range strips, int nv, const PanelScratch& scratch) {
-  constexpr int64_t kSize = D == Dtype::f32 ? 4 : 2;
+  constexpr int64_t kSize = D == Dtype::f32 ? 4 : 2, kTokens = 8;
   const Args& a = *block.args;
   // Copies: what is stored to y might otherwise be any of these, and each store would be followed by their loads.
   const int64_t ldy = a.ldy * kSize, ld_tile = int64_t(nv) * L * 4;
   const int64_t begin = strips.begin * kStrip, end = at_most(strips.end * kStrip, a.n);
-  const float *const x_scales = scratch.scale, *const w_scales = block.scale, *const biases = block.bias;
-  for (int v = 0; v < nv; ++v) {
-    const int64_t first = tokens.begin + v * L;
-    const int count = int(at_most(L, tokens.end - first));
-    const float* const x_scale = x_scales + v * L;
-    for (int64_t n = begin; n < end; n += L) {
-      const char* tile = scratch.tile + (n - begin) * ld_tile + v * L * 4;
+  const float *const w_scales = block.scale, *const biases = block.bias;
+  for (int64_t first = tokens.begin; first < tokens.end; first += kTokens) {
+    const int64_t count = at_most(kTokens, tokens.end - first);
+    const float* const x_scale = scratch.scale + (first - tokens.begin);
+    const char* tile = scratch.tile + (first - tokens.begin) * 4;
+    for (int64_t n = begin; n < end; n += L, tile += L * ld_tile) {
       const int columns = int(at_most(L, end - n));
       const Vec::F w_scale = Vec::load(w_scales + n), bias = Vec::load(biases + n);
-      Vec::I square[L];
-#pragma GCC unroll 16
-      for (int i = 0; i < L; ++i) square[i] = Vec::iload(tile + i * ld_tile);
-      Vec::transpose(square);
+      Vec::I sums[kTokens];
+      Vec::load_columns(tile, ld_tile, sums);
       char* y = static_cast<char*>(a.y) + first * ldy + n * kSize;
-      if (count == L && columns == L) {
-#pragma GCC unroll 16
-        for (int t = 0; t < L; ++t, y += ldy) {
-          Vec::store_as<D>(y, finish_outputs<INTEGER, A>(square[t], x_scale[t], w_scale, bias));
+      if (count == kTokens && columns == L) {
+#pragma GCC unroll 8
+        for (int t = 0; t < kTokens; ++t, y += ldy) {
+          Vec::store_as<D>(y, finish_outputs<INTEGER, A>(sums[t], x_scale[t], w_scale, bias));
         }
         continue;
       }
-      alignas(64) Vec::I rows[L];
-#pragma GCC unroll 16
-      for (int t = 0; t < L; ++t) rows[t] = square[t];
+      alignas(64) Vec::I rows[kTokens];
+#pragma GCC unroll 8
+      for (int t = 0; t < kTokens; ++t) rows[t] = sums[t];
       for (int t = 0; t < count; ++t, y += ldy) {
         Vec::store_as<D>(y, finish_outputs<INTEGER, A>(rows[t], x_scale[t], w_scale, bias), columns);
       }

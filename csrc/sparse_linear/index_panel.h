@@ -16,12 +16,6 @@ constexpr int kVectors = 4;                 // registers a panel is wide, at mos
 constexpr int kFinishStrips = 8;            // strips that are stored together, 512 bytes of f32 in a row of y
 constexpr int64_t kPanelBytes = 640 << 10;  // in L2, beside the lists and values that stream through it
 
-// Up to L tokens of x, as rows of 32-bit units.
-struct TokenRows {
-  const char* row[L];
-  int64_t padded_units;  // how many may be read: f32 rows end at K
-};
-
 // What one thread keeps. `tokens` of a panel, at most.
 struct PanelScratch {
   char* panel;
@@ -33,6 +27,10 @@ struct PanelScratch {
   static constexpr int64_t kTile = int64_t(kFinishStrips) * kStrip * kVectors * L * 4;
   static constexpr int64_t kScale = int64_t(kVectors) * L * 4;
   static constexpr int64_t kStage = int64_t(L) * kVectors * L * 4;
+
+  static int64_t bytes(int64_t panel_bytes, int64_t rows_bytes) {
+    return kTile + kScale + kStage + panel_bytes + rows_bytes;
+  }
 
   PanelScratch(char* scratch, int64_t panel_bytes) {
     tile = scratch;

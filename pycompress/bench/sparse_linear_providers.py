@@ -100,7 +100,8 @@ def _sparse(dtype: str, form: str, layer: Layer, threads: int) -> Built:
     from pycompress.nn import SparseLinear
 
     name = str(DTYPES[dtype]).removeprefix("torch.")
-    module = SparseLinear.from_dense(layer.linear(), layer.mask, dtype=name, format=form, backend="native")
+    linear = layer.linear().bfloat16() if dtype == "bf16" else layer.linear()  # the bias tells what x will be
+    module = SparseLinear.from_dense(linear, layer.mask, dtype=name, format=form, backend="native")
     read = None
     if form == "bitmap":
         read = int(layer.mask.sum()) * WEIGHT_BYTES[dtype] + module.weight_bitmap.numel()

@@ -34,7 +34,13 @@ def float_weight(linear: nn.Module, caller: str) -> Tensor:
 
 def float_bias(linear: nn.Module) -> nn.Parameter | None:
     """A copy of the bias, float32 where it is float64: the kernels take no such bias."""
-    bias = linear.bias
+    bias, mask = getattr(linear, "bias_orig", None), getattr(linear, "bias_mask", None)
+    if isinstance(bias, Tensor) and isinstance(mask, Tensor):  # torch.nn.utils.prune: `bias` is of the last forward
+        trained = bias.requires_grad
+        bias = bias.detach() * mask
+        bias.requires_grad_(trained)
+    else:
+        bias = linear.bias
     if not isinstance(bias, Tensor):
         return None
     dtype = torch.float32 if bias.dtype == torch.float64 else bias.dtype

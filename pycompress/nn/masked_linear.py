@@ -23,6 +23,7 @@ from pycompress.nn.float_linear import is_conv1d
 
 GRADIENTS = ("masked", "dense")
 _VERSION = 2  # in the metadata of a state_dict; nn.Linear writes 1
+_AT_ONCE = 1 << 18  # weights whose mask is spread to bits at once
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -36,8 +37,11 @@ def zeroed(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def zero_(values: Tensor, mask: Tensor) -> None:
-    """The same in place."""
-    values.view(_BITS[values.element_size()]).bitwise_and_(mask.view(torch.int8).neg())
+    """The same in place, for (N, K), some rows at a time: as a whole the mask's bits would need memory of their own."""
+    bits = values.view(_BITS[values.element_size()])
+    rows = max(1, _AT_ONCE // max(1, bits.shape[1]))
+    for part, kept in zip(bits.split(rows), mask.view(torch.int8).split(rows), strict=True):
+        part.bitwise_and_(kept.to(part.dtype).neg_())
 
 
 def _has_memory(tensor: Tensor) -> bool:
@@ -65,8 +69,12 @@ class _MaskedGradient(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (mask,) = ctx.saved_tensors
         # Not a product: NaN * 0 is NaN. Bits can be neither differentiated nor batched.
-        special = torch.is_grad_enabled() or not _has_memory(grad)
-        return torch.where(mask, grad, 0) if special else zeroed(grad, mask), None
+        if torch.is_grad_enabled() or not _has_memory(grad):
+            return torch.where(mask, grad, 0), None
+        # In place, which spares a third of what masking costs: the gradient is a product that the F.linear after this
+        # has just computed, and nobody else has it.
+        zero_(grad, mask)
+        return grad, None
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -121,7 +129,7 @@ class MaskedLinear(nn.Linear):
 
     In eval mode, or without gradients, the mask is folded into the weight once, and then only looked at again when the
     weight or the mask was replaced or written to. What goes past autograd's bookkeeping by ``weight.data`` is not seen
-    in eval mode; call ``set_mask(layer.mask)`` after it. A compiled, traced or exported graph has the mask in it.
+    in eval mode; call ``eval()`` after it. A compiled, traced or exported graph has the mask in it.
 
     DistributedDataParallel broadcasts the mask of process 0 with the other buffers; where every process sets the same
     masks, ``broadcast_buffers=False`` saves that.
@@ -259,8 +267,8 @@ class MaskedLinear(nn.Linear):
 
     def train(self, mode: bool = True) -> MaskedLinear:
         super().train(mode)
-        if mode and self.gradient == "dense":
-            self._fold = self._folded = None  # a copy of the weight that training has no use for
+        # Training has no use for a copy of the weight; and eval() looks again, whatever was written to weight.data.
+        self._fold = self._folded = None
         return self
 
     def _masked(self) -> Tensor:

@@ -4,7 +4,8 @@ State. A checkpoint holds plain tensors: ``weight_bitmap`` uint8 (N, ceil(K/8)),
 ``weight[n, k]`` is kept; ``weight_values`` (nnz,) float32, bfloat16 or int8, row after row; with int8 ``weight_scale``
 float32 (N,); ``bias``. In memory the module also keeps, in non-persistent buffers, the forms that its choice names:
 ``_row_start`` for the bitmap kernels, ``_index``, ``_dense``. They are made anew wherever the module moves, loads, is
-copied or unpickled.
+copied or unpickled, and by the next eager call after bitmap or values were replaced or edited in place. A compiled
+module sees such an edit only then, and one that torch does not count (through ``.data`` or ``.numpy()``) never.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pycompress import ops
+from pycompress._native import has_values
 from pycompress.cost_model import CostModel, Explanation, choose_for, choose_measured, describe_choice, explain_layer
 from pycompress.nn.float_linear import float_bias, make_float
 from pycompress.nn.sparse_forms import make_forms
@@ -266,7 +268,7 @@ class SparseLinear(nn.Module):
         bitmap, values, threads = self.weight_bitmap, self.weight_values, torch.get_num_threads()
         state = (bitmap, values, self.weight_scale)
         forms = None
-        if not bitmap.is_meta:
+        if has_values(bitmap):
             row_start = validate_sparse(bitmap, values, self.out_features, self.in_features)
             if bitmap.device.type == "cpu" and self.backend != "reference":
                 choices = {threads: self._choose(measure)}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pycompress import ops
+from pycompress._native import has_values
 from pycompress.nn.float_linear import float_weight, is_conv1d
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def state_errors(module: SparseLinear, new: Mapping[str, object], bias: object, 
         )
     for name, tensor in new.items():
         dtype, shape = expected[name]
-        if isinstance(tensor, Tensor) and tensor.dtype == dtype:
+        if isinstance(tensor, Tensor) and tensor.dtype == dtype and tensor.layout is torch.strided:
             fits = tensor.dim() == 1 if shape is None else tuple(tensor.shape) == shape
         else:
             fits = False
@@ -98,8 +99,13 @@ def state_errors(module: SparseLinear, new: Mapping[str, object], bias: object, 
         bitmap, values = new["weight_bitmap"], new["weight_values"]
         assert isinstance(bitmap, Tensor)
         assert isinstance(values, Tensor)
+        devices = {str(tensor.device) for tensor in new.values() if isinstance(tensor, Tensor)}
+        if len(devices) > 1:
+            where = " and ".join(sorted(devices))
+            errors.append(f"SparseLinear: {prefix}weight_* are on {where}; they belong together, on one device")
+            return errors
         try:
-            if not bitmap.is_meta:
+            if has_values(bitmap):
                 ops.validate_sparse(bitmap, values, n, k)
         except ValueError as error:
             errors.append(f"SparseLinear: {prefix}weight_bitmap: {error}")
@@ -107,4 +113,7 @@ def state_errors(module: SparseLinear, new: Mapping[str, object], bias: object, 
 
 
 def _described(tensor: object) -> str:
-    return f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+    if not isinstance(tensor, Tensor):
+        return type(tensor).__name__
+    layout = "" if tensor.layout is torch.strided else f" {tensor.layout}"
+    return f"{tensor.dtype} {tuple(tensor.shape)}{layout}"

@@ -29,6 +29,7 @@ from pycompress.ops.linear_common import (
     ACTIVATIONS,
     activation_backward,
     autocast_linear,
+    bias_backward,
     check_bias,
     check_devices,
     check_input,
@@ -206,7 +207,7 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[T
             weight = torch.ops.pycompress.int8_unpack.default(weight, weight_scale.shape[0], x.shape[-1])
         grad_x = grad @ (weight.to(torch.float32) * weight_scale[:, None]).to(grad.dtype)
     if bias is not None and ctx.needs_input_grad[3]:  # type: ignore[attr-defined]
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32).to(bias.dtype)
+        grad_bias = bias_backward(grad, bias)
     return grad_x, None, None, grad_bias, None, None, None, None, None
 
 

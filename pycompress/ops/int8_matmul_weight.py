@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pycompress import (
-    _C,
-    _native,  # noqa: F401  (loads torch's OpenMP before the compiled module)
-)
+from pycompress import _C
+from pycompress._native import has_values
 
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # keeps 1 / scale finite; see csrc/int8_matmul/int8_matmul.h
 ALIGNMENT = 64
@@ -57,8 +55,9 @@ def pack_weight(weight: Tensor) -> Tensor:
         )
     weight = weight.contiguous()
     n, k = weight.shape
-    packed = torch.empty(_C.int8_packed_bytes(n, k), dtype=torch.uint8)
-    _C.int8_pack(weight.data_ptr(), n, k, k, packed.data_ptr())
+    packed = torch.empty(_C.int8_packed_bytes(n, k), dtype=torch.uint8, device="cpu")
+    if has_values(weight):
+        _C.int8_pack(weight.data_ptr(), n, k, k, packed.data_ptr())
     return packed
 
 
@@ -72,7 +71,7 @@ def unpack_weight(packed: Tensor) -> Tensor:
         raise ValueError(f"unpack_weight: expected 1-D uint8, got {packed.dtype} {tuple(packed.shape)}")
     source = aligned(packed.cpu())
     n, k = _C.int8_packed_shape(source.data_ptr(), source.numel())
-    weight = torch.empty(n, k, dtype=torch.int8)
+    weight = torch.empty(n, k, dtype=torch.int8, device="cpu")
     _C.int8_unpack(source.data_ptr(), source.numel(), weight.data_ptr(), k)
     return weight.to(packed.device)
 
@@ -97,10 +96,16 @@ def affine_qparams(x_min: float, x_max: float) -> tuple[float, int]:
 
 
 def aligned(packed: Tensor) -> Tensor:
-    """``packed`` itself where the kernels can read it, else a copy that they can."""
+    """``packed`` itself where the kernels can read it, else a copy that they can.
+
+    Raises:
+        ValueError: a meta or fake tensor.
+    """
+    if not has_values(packed):
+        raise ValueError("a packed weight is a meta or fake tensor, whose values are not known; load them first")
     if packed.data_ptr() % ALIGNMENT == 0 and packed.is_contiguous():
         return packed
-    return torch.empty(packed.shape, dtype=packed.dtype).copy_(packed)
+    return torch.empty(packed.shape, dtype=packed.dtype, device=packed.device).copy_(packed)
 
 
 def plain(weight: Tensor) -> Tensor:

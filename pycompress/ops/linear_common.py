@@ -72,3 +72,10 @@ def activation_backward(grad: Tensor, before: Tensor, activation: str) -> Tensor
         gate = torch.sigmoid(before)
         return grad * gate * (1 + before * (1 - gate))
     return aten.gelu_backward(grad, before, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def bias_backward(grad: Tensor, bias: Tensor) -> Tensor:
+    """The gradient of the bias: summed over the tokens in float32."""
+    if bias.numel() == 0:  # reshape could not tell how many tokens there are
+        return torch.zeros_like(bias)
+    return grad.reshape(-1, bias.numel()).sum(0, dtype=torch.float32).to(bias.dtype)

@@ -36,6 +36,7 @@ from pycompress.ops.linear_common import (
     ACTIVATIONS,
     activation_backward,
     autocast_linear,
+    bias_backward,
     check_bias,
     check_devices,
     check_input,
@@ -74,6 +75,11 @@ def _native_sparse_linear(call: Call) -> Tensor:
     row_start = call.row_start
     if row_start is None:
         row_start = validate_sparse(call.bitmap, call.values, call.bitmap.shape[0], k)
+    elif int(row_start[-1]) != call.values.numel():  # the kernels would read past the values
+        raise ValueError(
+            f"sparse_linear: row_start is of a weight with {int(row_start[-1])} values, but there are "
+            f"{call.values.numel()}; make it again with row_starts"
+        )
     index = None
     if form == INDEX:
         index = call.index
@@ -291,7 +297,7 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[T
         weight = torch.ops.pycompress.sparse_unpack.default(bitmap, values, weight_scale, x.shape[-1])
         grad_x = grad @ weight.to(grad.dtype)
     if bias is not None and ctx.needs_input_grad[4]:  # type: ignore[attr-defined]
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32).to(bias.dtype)
+        grad_bias = bias_backward(grad, bias)
     return grad_x, None, None, None, grad_bias, *[None] * 6
 
 

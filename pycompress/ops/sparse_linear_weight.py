@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pycompress import _C
+from pycompress._native import has_values
 from pycompress.ops.int8_matmul_weight import aligned
 
 SPARSE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
@@ -54,7 +55,7 @@ def sparse_from_dense(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 def sparse_mask(bitmap: Tensor, k: int) -> Tensor:
     """The mask ``(N, K)``, bool."""
     bits = (bitmap[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=bitmap.device)) & 1
-    return bits.view(bitmap.shape[0], 8 * bitmap.shape[1])[:, :k].bool()
+    return bits.reshape(bitmap.shape[0], 8 * bitmap.shape[1])[:, :k].bool()
 
 
 def sparse_to_dense(bitmap: Tensor, values: Tensor, k: int) -> Tensor:
@@ -63,7 +64,7 @@ def sparse_to_dense(bitmap: Tensor, values: Tensor, k: int) -> Tensor:
     Raises:
         ValueError: as :func:`validate_sparse`.
     """
-    if bitmap.is_meta:
+    if not has_values(bitmap):
         return values.new_zeros(bitmap.shape[0], k)
     validate_sparse(bitmap, values, bitmap.shape[0], k)
     return values.new_zeros(bitmap.shape[0], k).masked_scatter_(sparse_mask(bitmap, k), values)
@@ -73,8 +74,10 @@ def row_starts(bitmap: Tensor, k: int) -> Tensor:
     """int64 ``(N + 1,)``: where each row's values begin, and at last their number.
 
     Raises:
-        ValueError: a bit past K is set.
+        ValueError: a bit past K is set, or a meta or fake tensor.
     """
+    if not has_values(bitmap):
+        raise ValueError("sparse_linear: the bitmap is a meta or fake tensor, without values; load them first")
     n = bitmap.shape[0]
     starts = torch.zeros(n + 1, dtype=torch.int64, device=bitmap.device)
     if bitmap.device.type == "cpu":
@@ -93,7 +96,7 @@ def validate_sparse(bitmap: Tensor, values: Tensor, n: int, k: int) -> Tensor:
     """Check that bitmap and values are a weight ``(n, k)``, and return its :func:`row_starts`.
 
     Raises:
-        ValueError: wrong shapes or dtypes, a bit past K, or a number of values that is not the number of bits.
+        ValueError: wrong shapes, dtypes or devices, a bit past K, or a number of values that is not the number of bits.
     """
     shape = (n, -(-k // 8))
     if bitmap.dtype != torch.uint8 or tuple(bitmap.shape) != shape:
@@ -104,6 +107,11 @@ def validate_sparse(bitmap: Tensor, values: Tensor, n: int, k: int) -> Tensor:
     if values.dtype not in WEIGHT_TYPES or values.dim() != 1:
         raise ValueError(
             f"sparse_linear: values are {values.dtype} {tuple(values.shape)}, expected {_DTYPE_NAMES} (nnz,)"
+        )
+    if values.device != bitmap.device or values.layout is not torch.strided:
+        raise ValueError(
+            f"sparse_linear: values are {values.layout} on {values.device}, expected dense ones on {bitmap.device} "
+            "like the bitmap"
         )
     starts = row_starts(bitmap, k)
     if int(starts[-1]) != values.numel():
@@ -156,7 +164,8 @@ def bitmap_kernel_name(dtype: torch.dtype) -> str:
 
 def sparse_kernel_names(dtype: torch.dtype) -> tuple[str, str]:
     """Names of the native kernels for the bitmap and the index form of a weight of this dtype, on this machine."""
-    bitmap, values = sparse_from_dense(torch.ones(1, 1).to(dtype), torch.ones(1, 1, dtype=torch.bool))
+    one = torch.ones(1, 1, device="cpu")
+    bitmap, values = sparse_from_dense(one.to(dtype), one.bool())
     index = pack_index(bitmap, values, row_starts(bitmap, 1), 1)
     assert index is not None, "a weight so small has one"
     return bitmap_kernel_name(dtype), str(index_info(index)["kernel"])

@@ -72,14 +72,18 @@ def select_masks(
 
     Raises ValueError for scores that are not finite, and for floors and ceilings that the sparsity cannot meet.
     """
-    pattern = Pattern.parse(pattern)
+    pattern = Pattern.parse(pattern, op=op)
     if per_row and pattern.kind == "unstructured" and sparsity is not None:
         return _per_row(scores, pattern, sparsity, min_sparsity, max_sparsity, op)
     by_head = pattern.kind == "head"
     names = [attention.name for attention in heads] if by_head else list(scores)
     floors, ceilings = limits(min_sparsity, max_sparsity, names, op)
     # One after the other: without a global ranking no more than one layer's scores are in memory.
-    made = (_head_group(h, scores) for h in heads) if by_head else (_layer_group(n, scores[n], pattern) for n in names)
+    made = (
+        (_head_group(h, scores, op) for h in heads)
+        if by_head
+        else (_layer_group(n, scores[n], pattern, op) for n in names)
+    )
     masks: Masks = {}
     if threshold is None and scope == "global":
         groups = list(made)
@@ -108,9 +112,9 @@ def _wanted(pattern: Pattern, sparsity: float | None, groups: Sequence[_Group]) 
     return pattern.pruned_of(units, check_fraction(sparsity, "sparsity"))
 
 
-def _layer_group(name: str, scores: Tensor, pattern: Pattern) -> _Group:
-    check_scores(scores, name)
-    pattern.check(scores.shape, name)
+def _layer_group(name: str, scores: Tensor, pattern: Pattern, op: str) -> _Group:
+    check_scores(scores, name, op=op)
+    pattern.check(scores.shape, name, op=op)
     # Only N:M looks at single weights again; the others' scores need not stay in memory, layer upon layer.
     held, shape = scores if pattern.kind == "n:m" else None, scores.shape
 
@@ -123,13 +127,13 @@ def _layer_group(name: str, scores: Tensor, pattern: Pattern) -> _Group:
     return _Group(name, pattern.unit_scores(scores), weights, masks)
 
 
-def _head_group(attention: HeadNames, scores: Mapping[str, Tensor]) -> _Group:
+def _head_group(attention: HeadNames, scores: Mapping[str, Tensor], op: str) -> _Group:
     """A head is its rows of query, key and value, and its columns of the output projection."""
     rows = attention.rows
     total, weights, shapes = None, 0, {}
     for name in attention.names:
         layer = scores[name]
-        check_scores(layer, name)
+        check_scores(layer, name, op=op)
         shapes[name] = layer.shape
         per_head = layer.double().sum(1 if name in rows else 0).view(attention.heads, -1).sum(1)
         total = per_head if total is None else total + per_head
@@ -181,7 +185,7 @@ def _per_row(
     masks = {}
     for name in scores:
         layer = scores[name]
-        check_scores(layer, name)
+        check_scores(layer, name, op=op)
         wanted = pattern.pruned_of(layer.numel(), check_fraction(sparsity, "sparsity"))
         lo, hi = _range(layer.numel(), floors[name], ceilings[name], pattern)
         masks[name] = pattern.mask_of_rows(layer, min(max(wanted, lo), hi))

@@ -71,7 +71,7 @@ def prune_(
     what it was.
     """
     check_root(model, _OP)
-    parsed = Pattern.parse(pattern)
+    parsed = Pattern.parse(pattern, op=_OP)
     wanted = _check_arguments(parsed, sparsity, method, scope, threshold, batches, loss_fn, gradient)
     found = find_layers(model, parsed, op=_OP, skip=skip, filter_fn=filter_fn)
     with torch.inference_mode(False), torch.no_grad():  # masks are to be used outside too

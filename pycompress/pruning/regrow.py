@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
-from pycompress.pruning.patterns import Pattern, lowest
+from pycompress.pruning.patterns import Pattern, is_finite, lowest
 from pycompress.pruning.scores import magnitude
 
 REGROWING = ("unstructured", "block", "row", "column")  # kinds of Pattern whose units stand alone
@@ -30,7 +29,7 @@ def regrow_mask(pattern: Pattern, mask: Tensor, scores: Tensor, gradient: Tensor
     the paper: it then keeps its weights. Of a gradient that is not finite (an overflow in mixed precision) nothing is
     learnt, and the mask is returned as it is.
     """
-    if not bool(torch.isfinite(gradient).all()):
+    if not is_finite(gradient):
         return mask
     kept = pattern.unit_scores(mask.float()) > 0
     count = round(fraction * int(kept.sum()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from pycompress.nn import MaskedLinear
 from pycompress.pruning import scores as scoring
 from pycompress.pruning.choose import Limit, Masks, limits, select_masks
-from pycompress.pruning.patterns import Pattern
+from pycompress.pruning.patterns import Pattern, is_finite
 from pycompress.pruning.regrow import regrow_fraction, regrow_mask
 from pycompress.pruning.report import PruneReport, make_report
 from pycompress.pruning.schedule_checks import (
@@ -97,7 +96,7 @@ class PruningSchedule:
         filter_fn: FilterFn | None = None,
     ) -> None:
         check_root(model, OP)
-        self.pattern, self.method, self.scope = Pattern.parse(pattern), method, scope
+        self.pattern, self.method, self.scope = Pattern.parse(pattern, op=OP), method, scope
         self.gradient, self.regrow, self.seed = gradient, regrow, seed
         final = final_sparsity(self.pattern, sparsity)
         self.plan = Plan.make(kind, begin, end, every, initial_sparsity, final, op=OP)
@@ -178,7 +177,7 @@ class PruningSchedule:
         for name, layer in self._layers.items():
             if (gradient := layer.weight.grad) is not None:
                 product = layer.weight.detach().float() * gradient.float()
-                if _is_finite(product):  # else an overflow in mixed precision, which was not stepped
+                if is_finite(product):  # else an overflow in mixed precision, which was not stepped
                     product = product.abs_() if self.method == "taylor" else product.neg_()
                     total = sums[name].to(product.device)  # the model may have moved
                     sums[name] = total.add_(product) if in_place else total + product
@@ -298,16 +297,16 @@ class PruningSchedule:
         share = sparsity / self.plan.final if self.plan.final else 0.0
         return {name: max(0.0, floors[name] * share - 1 / max(units[name], 1)) for name in units}
 
-    def _scores(
-        self, step: int, modules: Mapping[str, nn.Module], sums: Mapping[str, Tensor]
-    ) -> Mapping[str, Tensor]:
+    def _scores(self, step: int, modules: Mapping[str, nn.Module], sums: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The scores (N, K) by layer; those of pruned units are below all others, unless weights train behind masks."""
         make: Callable[[str], Tensor]
         lowest_score = -1.0  # below every |w| and every random number
         if self.method == "magnitude":
+
             def make(name: str) -> Tensor:
                 return scoring.magnitude(scoring.dense_weight(modules[name]), self.pattern)
         elif self.method == "random":
+
             def make(name: str) -> Tensor:
                 return self._random(step, name, modules[name])
         else:
@@ -345,8 +344,3 @@ class PruningSchedule:
             return
         shapes = {name: scoring.dense_weight(module).shape for name, module in self._found.chosen.items()}
         self._select(LazyScores(shapes, lambda name: torch.zeros(shapes[name])), self.plan.final)
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """In one pass; torch.isfinite takes three and as much memory again."""
-    return not tensor.numel() or all(math.isfinite(bound) for bound in torch.aminmax(tensor))

@@ -27,9 +27,7 @@ class Plan:
     final: float
 
     @classmethod
-    def make(
-        cls, kind: str, begin: int, end: int | None, every: int, initial: float, final: float, *, op: str
-    ) -> Plan:
+    def make(cls, kind: str, begin: int, end: int | None, every: int, initial: float, final: float, *, op: str) -> Plan:
         """Raises ValueError for what is no plan, TypeError for steps that are no whole numbers."""
         if kind not in KINDS:
             raise ValueError(f"{op}: unknown kind {kind!r}; expected one of {', '.join(KINDS)}")

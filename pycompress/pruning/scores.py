@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from pycompress.calibration import Batch, evaluating, feed
 from pycompress.nn import MaskedLinear
 from pycompress.nn.float_linear import is_conv1d
-from pycompress.pruning.patterns import Pattern, check_scores
+from pycompress.pruning.patterns import Pattern, check_scores, is_finite
 
 ScoreFn = Callable[[str, nn.Module], Tensor]
 LossFn = Callable[[Any, Any], Tensor]
@@ -62,7 +62,7 @@ def dense_weight(module: nn.Module) -> Tensor:
 
 def check_weight(module: nn.Module, name: str, op: str) -> None:
     """Raises ValueError where a weight is NaN or infinite: no score could rank it."""
-    if not bool(torch.isfinite(dense_weight(module)).all()):
+    if not is_finite(dense_weight(module)):
         raise ValueError(
             f"{op}: layer {name!r}: its weight holds NaN or Inf. The model is unchanged; to leave this layer out pass "
             f"skip={name!r}"
@@ -70,9 +70,9 @@ def check_weight(module: nn.Module, name: str, op: str) -> None:
 
 
 def magnitude(weight: Tensor, pattern: Pattern) -> Tensor:
-    """|w| in float32, or w^2 in float64 where units hold several weights; (N, K)."""
+    """|w| in float32 or more, or w^2 in float64 where units hold several weights; (N, K)."""
     if pattern.kind in ("unstructured", "n:m"):
-        return weight.detach().float().abs()
+        return _at_least_float32(weight).abs()
     return weight.detach().double().square()  # float64: 1e-30 squared is still more than 0
 
 
@@ -88,7 +88,7 @@ def called_scores(function: ScoreFn, name: str, module: nn.Module, op: str) -> T
     """What a user's function returns for a layer, checked."""
     weight = dense_weight(module)
     scores = function(name, module)
-    check_scores(scores, name)
+    check_scores(scores, name, op=op)
     if scores.shape != weight.shape:
         raise ValueError(
             f"{op}: method returned scores {tuple(scores.shape)} for layer {name!r}; expected (outputs, inputs) = "
@@ -130,10 +130,15 @@ def _observe(name: str, squares: dict[str, Tensor], op: str) -> Callable[..., No
 
 
 def wanda(weight: Tensor, norms: Tensor, pattern: Pattern) -> Tensor:
-    """|w| * ||x_k|| in float32, or squared in float64 where units hold several weights; (N, K)."""
+    """|w| * ||x_k|| in float32 or more, or squared in float64 where units hold several weights; (N, K)."""
     if pattern.kind in ("unstructured", "n:m"):
-        return weight.detach().float().abs() * norms.float()
+        values = _at_least_float32(weight).abs()
+        return values * norms.to(values.dtype)
     return (weight.detach().double() * norms).square()
+
+
+def _at_least_float32(weight: Tensor) -> Tensor:
+    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def gradient_scores(
@@ -161,7 +166,7 @@ def gradient_scores(
     with evaluating(model), keeping_rng(model), _requiring_grad(weights.values()), torch.enable_grad():
         _run(model, batches, op, add)
     for name, score in scores.items():
-        if not bool(torch.isfinite(score).all()):
+        if not is_finite(score):
             raise ValueError(
                 f"{op}: the gradient of layer {name!r} holds NaN or Inf; check the batches and the loss, or leave the "
                 "layer out with skip"

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from pycompress.fuse import called_from_above, is_transformer_layer
 from pycompress.nn.masked_linear import MaskedLinear
 from pycompress.selection import HOOKS, ModuleMap
-from pycompress.tracing import Shadow, Traces
+from pycompress.tracing import Shadow, Traces, methods_of
 
 _DROPOUTS = (nn.Dropout, nn.Identity)  # nothing in eval
 _ELEMENTWISE_MODULES = frozenset(
@@ -160,13 +160,16 @@ class _Finder:
             after = _successor(traces, owner, path, heads.keys())
             if after is not None:
                 second, steps = heads[after[0]][0], (*before, *after[1], *heads[after[0]][1])
-                if first.out_features == second.in_features:  # else no input gets this far
+                fits = first.out_features == second.in_features  # else no input gets this far
+                if fits and not _used_apart(owner, path, after[0]):
                     pairs.append(Pair(self._modules.names[first][0], first, second, steps))
         return pairs
 
     def _pair_of_transformer_layer(self, owner: Any) -> list[Pair]:
         first, second, activation = owner.linear1, owner.linear2, owner.activation
         if not (is_shrinkable_type(first) and is_shrinkable_type(second) and is_elementwise(activation)):
+            return []
+        if _used_apart(owner, "linear1", "linear2"):
             return []
         is_module = isinstance(activation, nn.Module)
         step = Step.of_module(activation) if is_module else Step(activation, (activation,))
@@ -204,6 +207,8 @@ class _Finder:
         if traces.failure or not traces.graphs:
             return None
         first, *rest = [of_graph(graph, child) for graph in traces.graphs]
+        if first is not None and _used_apart(child, *self._modules.paths(child, first[0])):
+            return None
         read = any(node.users for node in traces.nodes("get_attr") if str(node.target).endswith((".weight", ".bias")))
         return first if not read and all(end == first for end in rest) else None
 
@@ -239,6 +244,19 @@ def _successor(
     (end, between) = ends.pop()
     only_from_here = set(traces.calls(end)) == used and not traces.passes_on(end) and not _reads_weight(traces, end)
     return (end, between) if only_from_here and end != path else None
+
+
+def _used_apart(owner: nn.Module, *paths: str) -> bool:
+    """Whether a method beside forward may use one of the modules at `paths` by itself, as `encode` may.
+
+    A method that names them all is trusted to do with them what forward does, unless it gets at them by an index.
+    """
+    indexed = any(path.rpartition(".")[2].isdigit() for path in paths)
+    for method in methods_of(owner):
+        reached = [method.may_reach(path) for path in paths]
+        if method.name != "forward" and any(reached) and (len(paths) == 1 or indexed or not all(reached)):
+            return True
+    return False
 
 
 def _reads_weight(traces: Traces, path: str) -> bool:

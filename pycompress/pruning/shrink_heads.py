@@ -20,6 +20,7 @@ from pycompress.tracing import methods_of
 # What Hugging Face's forwards read, in one version or another, by the module's attributes.
 _HEAD_COUNTS = ("num_attention_heads", "n_heads")
 _WIDTHS = ("all_head_size", "dim")
+_OUT_PROJECTIONS = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)  # of nn.MultiheadAttention
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +63,8 @@ def _hooked(module: nn.Module) -> str:
 def _torch_heads(name: str, module: nn.MultiheadAttention, modules: ModuleMap) -> HeadGroup:
     """nn.MultiheadAttention with views of its packed projection as three layers of their own."""
     reason = _hooked(module) or _hooked(module.out_proj)
+    if type(module.out_proj) not in _OUT_PROJECTIONS:
+        return _left(name, module, f"its output projection is a {type(module.out_proj).__name__}")
     if type(module) not in (nn.MultiheadAttention, FewerHeadsAttention):
         reason = f"is a {type(module).__name__}, a subclass that may do more"
     elif module.in_proj_weight is None:
@@ -77,13 +80,17 @@ def _torch_heads(name: str, module: nn.MultiheadAttention, modules: ModuleMap) -
     elif reader := _reader(module, modules):
         reason = f"{reader} reads its weights directly"
     if reason and module.in_proj_weight is None:
-        layers = (module.out_proj,) * 4
-        return HeadGroup(name, module, layers, module.head_dim, reason)
+        return _left(name, module, reason)
     biases = (None,) * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
     weights = module.in_proj_weight.chunk(3)
     query, key, value = (_as_linear(w, b) for w, b in zip(weights, biases, strict=True))
     output = _as_linear(module.out_proj.weight, module.out_proj.bias)
     return HeadGroup(name, module, (query, key, value, output), module.head_dim, reason)
+
+
+def _left(name: str, module: nn.MultiheadAttention, reason: str) -> HeadGroup:
+    stand_in = nn.Linear(1, module.num_heads * module.head_dim, device="meta")
+    return HeadGroup(name, module, (stand_in,) * 4, module.head_dim, reason)
 
 
 def _reader(attention: nn.Module, modules: ModuleMap) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
 from pycompress.convert import apply_edits, carry_marks, shape_of
@@ -14,7 +15,7 @@ from pycompress.nn.masked_linear import check_mask
 from pycompress.pruning.choose import HeadNames
 from pycompress.pruning.heads import attention_heads
 from pycompress.pruning.patterns import Pattern
-from pycompress.selection import OURS, FilterFn, Layer, ModuleMap, select
+from pycompress.selection import FLOATS, OURS, FilterFn, Layer, ModuleMap, select
 from pycompress.tracing import Shadow
 
 
@@ -61,14 +62,22 @@ def find_layers(
     """
     modules = ModuleMap(model)
     shadow = Shadow(model, opaque=OURS)
-    layers = select(modules, shadow, op=op, skip=skip, filter_fn=filter_fn, takes=(MaskedLinear,))
+    layers = select(
+        modules,
+        shadow,
+        op=op,
+        skip=skip,
+        filter_fn=filter_fn,
+        takes=(MaskedLinear,),
+        dtypes=(*FLOATS, torch.float64),
+    )
     heads: list[HeadNames] = []
     if pattern.kind == "head":
         layers, heads = _only_heads(model, layers, op)
     else:
         for layer in layers:
             if not layer.reason:
-                pattern.check(shape_of(layer.module), layer.name)
+                pattern.check(shape_of(layer.module), layer.name, op=op)
     return Found(modules, layers, heads)
 
 

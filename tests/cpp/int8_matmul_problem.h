@@ -35,10 +35,12 @@ class Exact {
     if (posix_memalign(&memory, pc::kAlignment, size_t(count) * sizeof(T)) != 0) std::abort();
     data_ = static_cast<T*>(memory);
   }
+  Exact(const T* values, int64_t count) : Exact(count) { std::copy_n(values, count, data_); }
   Exact(const Exact&) = delete;
   Exact& operator=(const Exact&) = delete;
   ~Exact() { std::free(data_); }
   T* data() { return data_; }
+  const T* data() const { return data_; }
   T& operator[](int64_t i) { return data_[i]; }
   int64_t count() const { return count_; }
 
@@ -116,7 +118,7 @@ std::pair<int64_t, int64_t> extent(const Case& c, const View& v) {
   return {high - low + 1, -low};
 }
 
-Problem::Problem(const Case& wanted)
+inline Problem::Problem(const Case& wanted)
     : c(wanted),
       view(views(c.m, c.k)[size_t(c.view)]),
       x_memory(extent(c, view).first * pc::dtype_size(c.dtype)),
@@ -187,7 +189,7 @@ void Problem::solve() {
   }
 }
 
-im::Args Problem::args(void* y, int64_t ldy) {
+inline im::Args Problem::args(void* y, int64_t ldy) {
   im::Args a;
   a.mode = c.mode;
   a.activation = c.activation;

@@ -20,7 +20,8 @@ struct SparseCase {
   int bias = 0;  // -1: none, else its Dtype
   int view = 0;  // index into views()
   int threads = 1;
-  bool extreme = false;  // s8: +-127 throughout and scales of 1, for sums at the edge of the integers
+  bool extreme = false;                   // s8: +-127 throughout and scales of 1, for sums at the edge of the integers
+  int block_rows = 1, block_columns = 1;  // that are kept, or not, together
 };
 
 struct SparseProblem {
@@ -92,13 +93,17 @@ SparseProblem::SparseProblem(const SparseCase& wanted)
 int64_t SparseProblem::draw_bits() {
   const int64_t row_bytes = (c.k + 7) / 8;
   int64_t count = 0;
+  int kind = 0;
   for (int64_t n = 0; n < c.n; ++n) {
-    const int kind = c.holes ? int(draw(0, 9)) : 2;
+    const int64_t block_row = n - n % c.block_rows;
+    if (n == block_row) kind = c.holes ? int(draw(0, 9)) : 2;
     const double kept = kind == 0 ? 0.0 : kind == 1 ? 1.0 : c.kept;
     row_start[n] = count;
     std::fill(bits.data() + n * row_bytes, bits.data() + (n + 1) * row_bytes, uint8_t(0));
     for (int64_t k = 0; k < c.k; ++k) {
-      if (uniform(0, 1) >= kept) continue;
+      const int64_t block_column = k - k % c.block_columns;
+      const bool first = n == block_row && k == block_column;
+      if (!(first ? uniform(0, 1) < kept : keeps(block_row, block_column))) continue;
       bits[n * row_bytes + k / 8] = uint8_t(bits[n * row_bytes + k / 8] | 1 << (k % 8));
       ++count;
     }

@@ -3,71 +3,12 @@
 // element read or written beyond it stops the test. What may not be read inside a buffer (gaps between strided rows) is
 // NaN, and what may not be written keeps a mark.
 #include <array>
-#include <cstdio>
-#include <cstring>
-#include <functional>
 #include <limits>
-#include <string>
 #include <thread>
 
-#include "common/check.h"
-#include "sparse_linear_problem.h"
+#include "sparse_linear_check.h"
 
 namespace {
-
-int failures = 0;
-
-void fail(const SparseProblem& p, const char* isa, const char* what, const std::string& detail) {
-  const SparseCase& c = p.c;
-  std::printf(
-      "FAILED %s, %s: M=%lld N=%lld K=%lld type=%d kept=%g dtype=%d activation=%d bias=%d view=%s threads=%d: "
-      "%s\n",
-      isa, what, (long long)c.m, (long long)c.n, (long long)c.k, int(c.type), c.kept, int(c.dtype), int(c.activation),
-      c.bias, p.view.name, c.threads, detail.c_str());
-  ++failures;
-}
-
-// The roundings of a float32 epilogue, and sum for float weights, and of y's dtype.
-double allowed_error(const SparseProblem& p, size_t at) {
-  const double expected = std::fabs(p.expected[at]);
-  const double terms = p.c.type == WeightType::s8 ? 0 : double(p.c.k);
-  const double roundoff = p.c.dtype == Dtype::f32 ? 0 : (p.c.dtype == Dtype::bf16 ? 0x1p-8 : 0x1p-11);
-  return 0x1p-24 * (8 + 2 * std::sqrt(terms)) * (p.magnitude[at] + expected) + 2 * roundoff * expected + 0x1p-24;
-}
-
-constexpr float kMark = 12345.0f;  // exact in float32, and what it rounds to in the others is as good
-
-float rounded_mark(Dtype dtype) {
-  char bytes[4];
-  pc::store_float(bytes, 0, dtype, kMark);
-  return pc::load_float(bytes, 0, dtype);
-}
-
-void compare(const SparseProblem& p, const char* isa, const char* what, Exact<char>& y, int64_t ldy) {
-  for (int64_t m = 0; m < p.c.m && p.c.n > 0; ++m) {
-    for (int64_t n = 0; n < ldy && m * ldy + n < (p.c.m - 1) * ldy + p.c.n; ++n) {
-      const float got = pc::load_float(y.data(), m * ldy + n, p.c.dtype);
-      if (n >= p.c.n) {
-        if (got != rounded_mark(p.c.dtype)) return fail(p, isa, what, "wrote between the rows of y");
-        continue;
-      }
-      const auto at = size_t(m * p.c.n + n);
-      if (!(std::fabs(got - p.expected[at]) <= allowed_error(p, at))) {
-        return fail(p, isa, what,
-                    "y[" + std::to_string(m) + "," + std::to_string(n) + "] = " + std::to_string(got) + ", expected " +
-                        std::to_string(p.expected[at]));
-      }
-    }
-  }
-}
-
-void mark_all(Exact<char>& y, Dtype dtype) {
-  for (int64_t i = 0; i < y.count() / pc::dtype_size(dtype); ++i) pc::store_float(y.data(), i, dtype, kMark);
-}
-
-int64_t y_bytes(const SparseCase& c, int64_t ldy) {
-  return c.m * c.n == 0 ? 0 : ((c.m - 1) * ldy + c.n) * pc::dtype_size(c.dtype);
-}
 
 // ---- the bitmap form -------------------------------------------------------------------------------------------
 
@@ -144,20 +85,6 @@ void test_case(const SparseCase& c, const std::vector<std::string>& isas) {
 
 // ---- cases -----------------------------------------------------------------------------------------------------
 
-// Options are dealt in turn, each with a period of its own, so that a few hundred shapes meet every pair of them.
-SparseCase deal(int64_t m, int64_t n, int64_t k, int64_t turn) {
-  constexpr double kKept[] = {0.5, 0.2, 0.02, 1.0, 0.0, 0.9, 0.05};
-  SparseCase c{m, n, k};
-  c.type = WeightType(turn % 3);
-  c.kept = kKept[turn % 7];
-  c.holes = turn % 11 != 0;
-  c.dtype = Dtype(turn / 3 % 3);
-  c.activation = Activation(turn % 5);
-  c.bias = int(turn % 4) - 1;
-  c.view = int(turn % 8);
-  return c;
-}
-
 std::vector<SparseCase> all_cases() {
   std::vector<SparseCase> cases;
   int64_t turn = 0;
@@ -204,44 +131,21 @@ std::vector<SparseCase> all_cases() {
 
 // ---- errors ----------------------------------------------------------------------------------------------------
 
-template <class Call>
-void expect_error(const char* name, const std::string& message, const Call& call) {
-  try {
-    call();
-  } catch (const pc::ArgumentError& error) {
-    if (std::string(error.what()).find(message) != std::string::npos) return;
-    std::printf("FAILED %s: '%s' does not say '%s'\n", name, error.what(), message.c_str());
-    ++failures;
-    return;
-  }
-  std::printf("FAILED %s: no error\n", name);
-  ++failures;
-}
-
 void test_bitmap_errors() {
   SparseProblem p({2, 20, 30, WeightType::s8});
   Exact<char> y(2 * 20 * 4);
   const sl::Args good = p.args(y.data(), 20);
-  const std::pair<const char*, std::function<void(sl::Args&, sl::Bitmap&)>> changes[] = {
-      {"M=-1", [](sl::Args& a, sl::Bitmap&) { a.m = -1; }},
-      {"threads=0", [](sl::Args& a, sl::Bitmap&) { a.threads = 0; }},
-      {"x has K=31 but weight has K=30", [](sl::Args& a, sl::Bitmap&) { a.k = 31; }},
-      {"N=21 but weight has N=20", [](sl::Args& a, sl::Bitmap&) { a.n = a.ldy = 21; }},
-      {"inner_rows=0", [](sl::Args& a, sl::Bitmap&) { a.inner_rows = 0; }},
-      {"ldy=19 is less", [](sl::Args& a, sl::Bitmap&) { a.ldy = 19; }},
-      {"x is missing", [](sl::Args& a, sl::Bitmap&) { a.x = nullptr; }},
-      {"y is missing", [](sl::Args& a, sl::Bitmap&) { a.y = nullptr; }},
-      {"weight_scale is missing", [](sl::Args& a, sl::Bitmap&) { a.weight_scale = nullptr; }},
-      {"belongs to an int8 weight", [](sl::Args&, sl::Bitmap& w) { w.type = WeightType::f32; }},
-      {"row_start is missing", [](sl::Args&, sl::Bitmap& w) { w.row_start = nullptr; }},
-      {"weight_bitmap is missing", [](sl::Args&, sl::Bitmap& w) { w.bits = nullptr; }},
-      {"weight_values is missing", [](sl::Args&, sl::Bitmap& w) { w.values = nullptr; }},
+  expect_argument_errors(good, [&](const sl::Args& a) { sl::run_bitmap(a, p.bitmap()); });
+  const std::pair<const char*, std::function<void(sl::Bitmap&)>> changes[] = {
+      {"belongs to an int8 weight", [](sl::Bitmap& w) { w.type = WeightType::f32; }},
+      {"row_start is missing", [](sl::Bitmap& w) { w.row_start = nullptr; }},
+      {"weight_bitmap is missing", [](sl::Bitmap& w) { w.bits = nullptr; }},
+      {"weight_values is missing", [](sl::Bitmap& w) { w.values = nullptr; }},
   };
   for (const auto& [message, change] : changes) {
-    sl::Args a = good;
     sl::Bitmap w = p.bitmap();
-    change(a, w);
-    expect_error(message, message, [&, &a = a, &w = w] { sl::run_bitmap(a, w); });
+    change(w);
+    expect_error(message, message, [&, &w = w] { sl::run_bitmap(good, w); });
   }
   for (int64_t k : {1, 7, 9, 30}) {
     Exact<uint8_t> bits((k + 7) / 8 * 3);
