@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pycompress import cost_calibration
-from pycompress.cost_core import FORMS, CostModel, Shape, fit
+from pycompress.cost_core import FORMS, CostModel, Fit, Shape, fit
 
 _BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 _RATE = {"float32": 1e11, "bfloat16": 2e11, "int8": 4e11}  # multiply-adds a second
@@ -41,6 +41,16 @@ def model_of(dtype: str, noise: float = 0.0) -> CostModel:
                 samples.append((m, shape.counts(form), measured))
         fits[dtype, form] = fit(samples)
     return CostModel(fits, threads=2, measured=frozenset((dtype,)))
+
+
+def flat(**seconds: float | dict[int, float]) -> CostModel:
+    """A model in which a form takes so long whatever the shape; a number or {M: seconds}."""
+    fits = {}
+    for form, value in seconds.items():
+        table = value if isinstance(value, dict) else {1: value, 10**6: value}
+        width = len(Shape.random(8, 8, 0.5, "float32").counts(form)) - 1
+        fits["float32", form] = Fit(tuple(table), tuple((t, *[0.0] * width) for t in table.values()))
+    return CostModel(fits, threads=1, measured=frozenset(("float32",)))
 
 
 class FakeMachine:

@@ -16,7 +16,7 @@ from torch import nn
 from pycompress import cost_cache, cost_calibration, cost_model
 from pycompress.cost_core import ANY_M, BUCKETS, DTYPES, FORMS, Shape
 from pycompress.nn import Int8Linear, SparseLinear
-from tests.cost_fakes import FakeMachine, model_of, seconds_of
+from tests.cost_fakes import FakeMachine, flat, model_of, seconds_of
 
 settle_ties = cost_model.settle_ties  # a fixture replaces it
 
@@ -176,7 +176,7 @@ def test_explain_says_why(options, why):
 
 @pytest.mark.parametrize("tokens", [(0,), (1.5,), ("8",), (), 8])
 def test_explain_refuses(tokens):
-    with pytest.raises(ValueError, match="expected integers of at least 1"):
+    with pytest.raises(ValueError, match=r"tokens=.*expected a sequence of integers, each at least 1"):
         pruned_layer().explain(tokens=tokens)
 
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pycompress import cost_core, cost_model
-from pycompress.cost_core import ANY_M, BUCKETS, DTYPES, FORMS, CostModel, Fit, Shape, fit
-from tests.cost_fakes import model_of, seconds_of
+from pycompress.cost_core import ANY_M, BUCKETS, DTYPES, FORMS, Fit, Shape, fit
+from tests.cost_fakes import flat, model_of, seconds_of
 
 SHAPE = Shape.random(768, 768, 0.8, "float32")
 
@@ -100,16 +100,6 @@ def test_unknown_form():
 
 
 # ---- choosing ----
-
-
-def flat(**seconds):
-    """A model in which a form takes so long whatever the shape; a number or {M: seconds}."""
-    fits = {}
-    for form, value in seconds.items():
-        table = value if isinstance(value, dict) else {1: value, 10**6: value}
-        width = len(SHAPE.counts(form)) - 1
-        fits["float32", form] = Fit(tuple(table), tuple((t, *[0.0] * width) for t in table.values()))
-    return CostModel(fits, threads=1, measured=frozenset(("float32",)))
 
 
 def test_choice_covers_every_m_and_is_merged():
