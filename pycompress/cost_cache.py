@@ -27,7 +27,7 @@ from pycompress.cost_core import DTYPES, FORMS, CostModel, Fit, Shape
 from pycompress.version import __version__
 
 _FORMAT = "pycompress.cost_model"
-_VERSION = 2  # of the file and of what is counted
+_VERSION = 3  # of the file and of what is counted
 OVERRIDE = "PYCOMPRESS_COST_MODEL"
 BUILTIN = "builtin"
 

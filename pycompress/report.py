@@ -121,9 +121,11 @@ class SparseLayerReport(LayerReport):
 class SparsifyReport(ConversionReport):
     """The result of sparsify_. `print(report)` shows a table; rich shows the same one in colour.
 
-    bytes_before, bytes_after: as in QuantizeReport. The speed-up at each number of tokens M is the time of the dense
-    layer (for int8 of the dense Int8Linear) over that of the layer in its place: predicted, or measured where the
-    prediction was a tie. 1 is where the layer in place computes densely. `layers[i].times` holds the times.
+    bytes_before, bytes_after: in memory, as in QuantizeReport: the forms of a weight that its choice names included.
+    state_bytes: what a checkpoint of the model holds, afterwards.
+    The speed-up at each number of tokens M is the time of the dense layer (for int8 of the dense Int8Linear) over that
+    of the layer in its place: predicted, or measured where the prediction was a tie. 1 is where the layer in place
+    computes densely. `layers[i].times` holds the times.
     """
 
     dtype: str
@@ -131,6 +133,7 @@ class SparsifyReport(ConversionReport):
     bytes_before: int
     bytes_after: int
     layers: list[LayerReport] = field(default_factory=list)
+    state_bytes: int = 0
 
     header: ClassVar[tuple[str, ...]] = (
         "layer", "count", "shape", "sparsity", "action", "format", "activation", "MB before", "MB after",
@@ -147,6 +150,7 @@ class SparsifyReport(ConversionReport):
         return (
             f"sparsify_ dtype={self.dtype} format={self.format}: {len(self.swapped)} swapped, {len(self.dense)} faster "
             f"dense, {len(self.left)} left as they were, {len(self.fused)} with an activation folded in; {self.sizes()}"
+            f", checkpoint {megabytes(self.state_bytes)} MB"
         )
 
     def alike(self, layer: LayerReport) -> tuple[object, ...]:
@@ -180,6 +184,23 @@ def starred(text: str) -> str:
 
 def megabytes(size: int) -> str:
     return f"{size / 1e6:.2f}" if size >= 1e5 else f"{size / 1e6:.4f}"
+
+
+def state_bytes(model: nn.Module) -> int:
+    """Bytes of what a checkpoint of the model holds, shared memory once."""
+    total = 0
+    seen: set[tuple[object, ...]] = set()
+    for module in model.modules():
+        if isinstance(module, Int8Linear):  # saved unpacked
+            total += module.in_features * module.out_features
+        buffers = {k: v for k, v in module._buffers.items() if k not in module._non_persistent_buffers_set}
+        for tensor in (*module._parameters.values(), *buffers.values()):
+            if tensor is None or nn.parameter.is_lazy(tensor):
+                continue
+            if (key := memory_key(tensor)) not in seen:
+                seen.add(key)
+                total += tensor.numel() * tensor.element_size()
+    return total
 
 
 def model_bytes(model: nn.Module) -> int:

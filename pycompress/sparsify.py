@@ -19,7 +19,7 @@ from pycompress.nn import Int8Linear, MaskedLinear, SparseLinear
 from pycompress.nn.float_linear import float_weight
 from pycompress.nn.sparse_state import pruned_weight
 from pycompress.ops import FORMATS, SPARSE_BACKENDS, SPARSE_DTYPES
-from pycompress.report import LayerReport, SparseLayerReport, SparsifyReport, model_bytes
+from pycompress.report import LayerReport, SparseLayerReport, SparsifyReport, model_bytes, state_bytes
 from pycompress.selection import OURS, FilterFn, Layer, ModuleMap, check_root, is_hook_pruned, select
 from pycompress.tracing import Shadow
 
@@ -112,7 +112,8 @@ def sparsify_(
     sizes = {layer.module: model_bytes(layer.module) for layer in layers}
     apply_edits(edits)
     rows = [_report(layer, sizes[layer.module], made.get(layer.module), plan) for layer in layers]
-    return SparsifyReport(dtype, format, before, model_bytes(model), [*rows, *attention_rows(modules)])
+    layer_rows = [*rows, *attention_rows(modules)]
+    return SparsifyReport(dtype, format, before, model_bytes(model), layer_rows, state_bytes(model))
 
 
 def _checked_tokens(tokens: Sequence[int]) -> tuple[int, ...]:

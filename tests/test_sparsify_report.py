@@ -186,6 +186,9 @@ def test_report():
     assert "1: 9, 8: 9" in text
     assert len(report.rows()) == 2
     assert re.fullmatch(r"0\.7\d+\.\.0\.7\d+", report.rows()[0][3])
+    saved = sum(tensor.nbytes for tensor in model.state_dict().values())
+    assert report.state_bytes == saved
+    assert f"checkpoint {saved / 1e6:.4f} MB" in report.summary()
     held = sum(module.memory_bytes() for module in model.modules() if isinstance(module, SparseLinear))
     assert report.bytes_after == held + 4 * (64 * 8 + 8)
     assert report.bytes_before == 4 * (3 * 64 * 65 + 65 * 8)
