@@ -67,7 +67,10 @@ class EagerPlan:
     says what is wrong. Ask :func:`pycompress.ops.eager.is_plain_eager`, :meth:`Forms.are_of` and :meth:`is_for` first.
     """
 
-    __slots__ = ("_activation", "_bias", "_dense", "_held", "_k", "_n", "_places", "_runs", "_scale", "forms", "threads")
+    __slots__ = (
+        "_activation", "_bias", "_dense", "_held", "_k", "_n", "_places", "_runs", "_scale", "forms",
+        "threads",
+    )  # fmt: skip
 
     def __init__(self, x: Tensor, forms: Forms, bias: Tensor | None, activation: str, threads: int) -> None:
         """forms: with a choice for so many threads, and every form that it names."""
