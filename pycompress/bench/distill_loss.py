@@ -12,11 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from pycompress.bench import distill_loss_summary as summary
-from pycompress.bench.distill_loss_providers import MAIN, PROVIDERS, Options
+from pycompress.bench.distill_loss_providers import MAIN, PROVIDERS, Options, Provider
 from pycompress.bench.distill_loss_run import DTYPES, Case, run_all
-from pycompress.bench.options import add_common, counts, names_of
-from pycompress.bench.provider import choose
-from pycompress.bench.rows import Row, read_csv, write_csv
+from pycompress.bench.options import add_common, counts, names_of, start
+from pycompress.bench.rows import Row, write_csv
 
 OPTIONS = {
     "main": MAIN,
@@ -92,26 +91,21 @@ def _chosen(options: argparse.Namespace) -> list[Case]:
     return [replace(case, dtypes=dtypes, options=of_loss) for case in options.cases for of_loss in wanted]
 
 
+def _describe(p: Provider) -> str:
+    return f"{p.name:16} {'logits, linear' if p.loss else 'linear':16}"
+
+
+def _wrong(options: argparse.Namespace) -> str:
+    lonely = (options.dtypes or options.options) and not options.cases
+    return "--dtypes and --options: expected --cases beside them" if lonely else ""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status. `argv` without the program's name; None takes sys.argv."""
-    parser = _parser()
-    options = parser.parse_args(argv)
-    try:
-        providers = choose(PROVIDERS, options.providers)
-        source = read_csv(options.source) if options.source else []
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    if (options.dtypes or options.options) and not options.cases:
-        parser.error("--dtypes and --options: expected --cases beside them")
-    if options.list:
-        for p in PROVIDERS:
-            version = f"not installed: {p.missing}" if p.missing else p.version
-            print(f"{p.name:16} {'logits, linear' if p.loss else 'linear':16} {version}")
+    started = start(_parser(), argv, PROVIDERS, _describe, report, _wrong)
+    if started is None:
         return 0
-    options.out.mkdir(parents=True, exist_ok=True)
-    if options.source:
-        report(source, options.out)
-        return 0
+    options, providers = started
 
     full = not (options.quick or options.cases)
     seconds = options.seconds or (QUICK_SECONDS if options.quick else CELL_SECONDS)

@@ -16,10 +16,9 @@ import torch
 
 from pycompress import _native
 from pycompress.bench import int8_matmul_summary as summary
-from pycompress.bench.int8_matmul_providers import PROVIDERS
+from pycompress.bench.int8_matmul_providers import PROVIDERS, Provider
 from pycompress.bench.int8_matmul_run import Shape, run_all
-from pycompress.bench.options import add_common, counts
-from pycompress.bench.provider import choose
+from pycompress.bench.options import add_common, counts, start
 from pycompress.bench.rows import Row, read_csv, timed, write_csv
 
 BERT_BASE: tuple[Shape, ...] = ((768, 768), (768, 3072), (3072, 768))
@@ -104,24 +103,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _describe(p: Provider) -> str:
+    return f"{p.name:32} {p.dtype:12} {p.covers:8}"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status. `argv` without the program's name; None takes sys.argv."""
-    parser = _parser()
-    options = parser.parse_args(argv)
-    try:
-        providers = choose(PROVIDERS, options.providers)
-        source = read_csv(options.source) if options.source else []
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    if options.list:
-        for p in PROVIDERS:
-            version = f"not installed: {p.missing}" if p.missing else p.version
-            print(f"{p.name:32} {p.dtype:12} {p.covers:8} {version}")
+    started = start(_parser(), argv, PROVIDERS, _describe, report)
+    if started is None:
         return 0
-    options.out.mkdir(parents=True, exist_ok=True)
-    if options.source:
-        report(source, options.out)
-        return 0
+    options, providers = started
 
     full = not (options.quick or options.shapes or options.tokens)
     tokens = options.tokens or (QUICK_TOKENS if options.quick else TOKENS)

@@ -2,8 +2,11 @@
 
 import argparse
 import os
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
+
+from pycompress.bench.provider import P, choose
+from pycompress.bench.rows import Row, read_csv
 
 
 def counts(text: str) -> list[int]:
@@ -38,3 +41,35 @@ def add_common(parser: argparse.ArgumentParser, name: str, seconds: float, quick
     add("--out", type=Path, default=Path("bench-out"), help=f"folder for {name}.csv, .md and .png")
     add("--from", dest="source", type=Path, metavar="CSV", help="measure nothing, report from this file")
     add("--list", action="store_true", help="list the providers and the versions installed")
+
+
+def start(
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    known: Sequence[P],
+    describe: Callable[[P], str],
+    report: Callable[[list[Row], Path], object],
+    wrong: Callable[[argparse.Namespace], str] = lambda options: "",
+) -> tuple[argparse.Namespace, list[P]] | None:
+    """What every benchmark does first: options, and the providers that they name; None where --list or --from is all.
+
+    describe: the columns of --list between a provider's name and its version. wrong: what is wrong with the options,
+    "" if nothing.
+    """
+    options = parser.parse_args(argv)
+    try:
+        providers = choose(known, options.providers)
+        source = read_csv(options.source) if options.source else []
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    if complaint := wrong(options):
+        parser.error(complaint)
+    if options.list:
+        for p in known:
+            print(f"{describe(p)} {f'not installed: {p.missing}' if p.missing else p.version}")
+        return None
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.source:
+        report(source, options.out)
+        return None
+    return options, providers

@@ -13,11 +13,18 @@ from pathlib import Path
 
 from pycompress.bench import sparse_linear_summary as summary
 from pycompress.bench.int8_matmul import shapes
-from pycompress.bench.options import add_common, counts, names_of
-from pycompress.bench.provider import choose
-from pycompress.bench.rows import Row, read_csv, write_csv
+from pycompress.bench.options import add_common, counts, names_of, start
+from pycompress.bench.rows import Row, write_csv
 from pycompress.bench.sparse_linear_model import run_model
-from pycompress.bench.sparse_linear_providers import DTYPES, PATTERNS, PROVIDERS, UNSTRUCTURED, block, fixed_sparsity
+from pycompress.bench.sparse_linear_providers import (
+    DTYPES,
+    PATTERNS,
+    PROVIDERS,
+    UNSTRUCTURED,
+    Provider,
+    block,
+    fixed_sparsity,
+)
 from pycompress.bench.sparse_linear_run import Cell, Shape, run_all, sweep
 from pycompress.bench.sparse_linear_tables import tables
 
@@ -125,24 +132,16 @@ def _seconds(of_case: float) -> Callable[[Cell], float]:
     return lambda cell: of_case * (_SWEEP_SHARE if cell.covers == "sweep" else 1)
 
 
+def _describe(p: Provider) -> str:
+    return f"{p.name:24} {p.dtype:5} {','.join(p.patterns) or 'any':32}"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status. `argv` without the program's name; None takes sys.argv."""
-    parser = _parser()
-    options = parser.parse_args(argv)
-    try:
-        providers = choose(PROVIDERS, options.providers)
-        source = read_csv(options.source) if options.source else []
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    if options.list:
-        for p in PROVIDERS:
-            version = f"not installed: {p.missing}" if p.missing else p.version
-            print(f"{p.name:24} {p.dtype:5} {','.join(p.patterns) or 'any':32} {version}")
+    started = start(_parser(), argv, PROVIDERS, _describe, report)
+    if started is None:
         return 0
-    options.out.mkdir(parents=True, exist_ok=True)
-    if options.source:
-        report(source, options.out)
-        return 0
+    options, providers = started
 
     chosen = (options.shapes, options.tokens, options.sparsities, options.patterns, options.dtypes, options.providers)
     full = not (options.quick or any(chosen))

@@ -86,7 +86,7 @@ def _panel(axis: Axes, found: dict[Series, list[Point]], m: int) -> None:
     axis.yaxis.set_minor_formatter(NullFormatter())
     axis.tick_params(labelbottom=True, labelleft=True)
     axis.grid(True, alpha=0.3)
-    axis.legend(loc="upper left", fontsize=8, framealpha=0.9)
+    axis.legend(loc="lower right", fontsize=8, framealpha=0.9)
 
 
 def _ideal(axis: Axes, found: dict[Series, list[Point]]) -> None:
