@@ -17,6 +17,7 @@ from pycompress import _native, ops
 from pycompress.nn import Int8Linear
 from pycompress.ops.int8_matmul_eager import EagerPlan
 from tests import oracle
+from tests.held_bytes import held_bytes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RANGE = (-3.0, 4.0)
@@ -374,28 +375,11 @@ def test_casts_leave_int8_and_scales_alone(cast: str) -> None:
 # ---- memory -----------------------------------------------------------------------------------------------------
 
 
-def held_bytes(module: Int8Linear) -> int:
-    """Bytes of every distinct storage reachable from the module, its cached plan included."""
-    found: dict[int, int] = {}
-    todo: list[Any] = [module.__dict__]
-    while todo:
-        item = todo.pop()
-        if isinstance(item, Tensor):
-            found[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
-        elif isinstance(item, dict):
-            todo += item.values()
-        elif isinstance(item, tuple):
-            todo += item
-        elif isinstance(item, EagerPlan):
-            todo += [getattr(item, name) for name in EagerPlan.__slots__]
-    return sum(found.values())
-
-
 @pytest.mark.parametrize(("k", "n"), [(384, 384), (384, 1536), (1536, 384), (768, 3072)])
 def test_one_copy_of_the_weight(isa: str, k: int, n: int) -> None:
     module = make(k=k, n=n)
     for change in (lambda: module(torch.randn(2, k)), lambda: module.load_state_dict(module.state_dict()), module.half):
         change()
-        assert held_bytes(module) <= module.memory_bytes() <= 1.05 * n * k
+        assert held_bytes(module, EagerPlan) <= module.memory_bytes() <= 1.05 * n * k
     assert module.weight.shape == (n, k)
-    assert held_bytes(module) <= 1.05 * n * k  # reading .weight keeps nothing
+    assert held_bytes(module, EagerPlan) <= 1.05 * n * k  # reading .weight keeps nothing

@@ -40,7 +40,7 @@ float rounded_mark(Dtype dtype) {
   return pc::load_float(bytes, 0, dtype);
 }
 
-void compare(const SparseProblem& p, const char* isa, const char* what, Exact<char>& y, int64_t ldy) {
+inline void compare(const SparseProblem& p, const char* isa, const char* what, Exact<char>& y, int64_t ldy) {
   for (int64_t m = 0; m < p.c.m && p.c.n > 0; ++m) {
     for (int64_t n = 0; n < ldy && m * ldy + n < (p.c.m - 1) * ldy + p.c.n; ++n) {
       const float got = pc::load_float(y.data(), m * ldy + n, p.c.dtype);
@@ -58,18 +58,18 @@ void compare(const SparseProblem& p, const char* isa, const char* what, Exact<ch
   }
 }
 
-void mark_all(Exact<char>& y, Dtype dtype) {
+inline void mark_all(Exact<char>& y, Dtype dtype) {
   for (int64_t i = 0; i < y.count() / pc::dtype_size(dtype); ++i) pc::store_float(y.data(), i, dtype, kMark);
 }
 
-int64_t y_bytes(const SparseCase& c, int64_t ldy) {
+inline int64_t y_bytes(const SparseCase& c, int64_t ldy) {
   return c.m * c.n == 0 ? 0 : ((c.m - 1) * ldy + c.n) * pc::dtype_size(c.dtype);
 }
 
 // ---- cases -----------------------------------------------------------------------------------------------------
 
 // Options are dealt in turn, each with a period of its own, so that a few hundred shapes meet every pair of them.
-SparseCase deal(int64_t m, int64_t n, int64_t k, int64_t turn) {
+inline SparseCase deal(int64_t m, int64_t n, int64_t k, int64_t turn) {
   constexpr double kKept[] = {0.5, 0.2, 0.02, 1.0, 0.0, 0.9, 0.05};
   SparseCase c{m, n, k};
   c.type = WeightType(turn % 3);

@@ -142,7 +142,7 @@ void SparseProblem::solve() {
   }
 }
 
-sl::Args SparseProblem::args(void* y, int64_t ldy) {
+inline sl::Args SparseProblem::args(void* y, int64_t ldy) {
   sl::Args a;
   a.activation = c.activation;
   a.threads = c.threads;

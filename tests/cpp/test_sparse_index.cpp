@@ -1,21 +1,13 @@
-// The index form of sparse_linear: what is packed, by a decoder that knows only the drawing in index.h, and every kernel
-// that this CPU has, against the formula of sparse_linear.h in float64. `make cpp-test` runs it under the address and
-// undefined-behaviour sanitizers; see test_sparse_linear.cpp, the test of the bitmap form, for how buffers are laid out.
+// The index form of sparse_linear: what each case is packed into, and every kernel that this CPU has, against the
+// formula of sparse_linear.h in float64. `make cpp-test` runs it under the address and undefined-behaviour sanitizers;
+// see test_sparse_linear.cpp, the test of the bitmap form, for how buffers are laid out.
 #include <array>
-#include <cstddef>
 #include <limits>
 #include <thread>
 
-#include "sparse_linear/index_pack.h"
-#include "sparse_linear_check.h"
+#include "sparse_index_form.h"
 
 namespace {
-
-constexpr const char* kRemedy = "pack it again from the bitmap";
-
-constexpr const sl::IndexLayout* kLayouts[] = {&sl::kFloats1, &sl::kFloats2, &sl::kFloats4, &sl::kHalves1,
-                                               &sl::kHalves2, &sl::kHalves4, &sl::kQuads1,  &sl::kPairs2,
-                                               &sl::kQuads2,  &sl::kPairs4,  &sl::kQuads4};
 
 struct KernelFile {
   const sl::IndexKernel* kernels;
@@ -55,144 +47,6 @@ std::vector<const sl::IndexKernel*> usable_kernels(WeightType type) {
     if (kernel->layout.type == type) kernels.push_back(kernel);
   }
   return kernels;
-}
-
-std::string layout_name(const sl::IndexLayout& layout) { return "layout " + std::to_string(layout.id); }
-
-void expect(bool right, const std::string& where, const char* what) {
-  if (right) return;
-  std::printf("FAILED %s: %s\n", where.c_str(), what);
-  ++failures;
-}
-
-int64_t strip_count(int64_t n) { return (n + sl::kStrip - 1) / sl::kStrip; }
-
-// A packed weight in memory of its own, aligned, and opened.
-struct Packed {
-  Exact<char> memory;
-  sl::IndexWeight weight;
-
-  Packed(const sl::IndexLayout& layout, const sl::Bitmap& bitmap) : Packed(sl::pack_index(layout, bitmap)) {}
-  explicit Packed(const std::vector<char>& bytes)
-      : memory(bytes.data(), int64_t(bytes.size())), weight(sl::open_index(memory.data(), memory.count())) {}
-};
-
-// ---- the form ------------------------------------------------------------------------------------------------------
-
-// Column j of the value of one row at one unit.
-double element_of(const sl::IndexLayout& layout, const char* value, int j) {
-  if (layout.type == WeightType::f32) return pc::load_float(value, 0, Dtype::f32);
-  if (layout.type == WeightType::bf16) return pc::load_float(value, 0, Dtype::bf16);
-  if (layout.unit == 4) return reinterpret_cast<const int8_t*>(value)[j];
-  return reinterpret_cast<const int16_t*>(value)[j];
-}
-
-// The weight that lists and values say, [N, K], by the drawing in index.h. `wrong` names what contradicts it.
-std::vector<double> decode(const sl::IndexWeight& w, const char*& wrong) {
-  const sl::IndexLayout& layout = *w.layout;
-  const int bytes = sl::value_bytes(layout), columns = w.gather ? 4 : layout.unit;
-  std::vector<double> dense(size_t(w.n * w.k));
-  const auto add = [&](int64_t n, int64_t k, double value) {
-    if (n < w.n && k < w.k) {
-      dense[size_t(n * w.k + k)] += value;
-    } else if (n >= w.n || value != 0) {  // a unit may end behind K
-      wrong = "a weight outside the matrix";
-    }
-  };
-  for (int64_t s = 0; s < strip_count(w.n); ++s) {
-    const uint16_t *list = w.lists + w.strips[s].list, *const end = w.lists + w.strips[s + 1].list;
-    const char* value = w.values + w.strips[s].value * bytes;
-    int64_t n = s * sl::kStrip;
-    while (list < end) {
-      const int rows = *list++;
-      if ((rows != 1 && rows != 2 && rows != 4) || rows > layout.max_group) {
-        wrong = "a group of an impossible size";
-        return dense;
-      }
-      const uint16_t* units = list + (1 << rows) - 1;
-      for (int p = 1; p < 1 << rows; ++p) {
-        for (int i = *list++; i > 0; --i, units += w.gather ? 4 : 1) {
-          for (int r = 0; r < rows; ++r) {
-            if ((p >> r & 1) == 0) continue;
-            for (int j = 0; j < columns; ++j) {
-              const int64_t k = w.gather ? units[j] : int64_t(*units) * columns + j;
-              add(n + r, k, element_of(layout, value, j));
-            }
-            value += bytes;
-          }
-        }
-      }
-      list = units;
-      n += rows;
-    }
-    if (list != end) wrong = "a strip's lists end elsewhere";
-    if (value != w.values + w.strips[s + 1].value * bytes) wrong = "a strip's values end elsewhere";
-    if (n < std::min(w.n, (s + 1) * sl::kStrip) || n > (s + 1) * sl::kStrip) wrong = "a strip of too few or many rows";
-  }
-  return dense;
-}
-
-void test_form(SparseProblem& p, const sl::IndexLayout& layout, const sl::IndexWeight& w) {
-  const auto wrong = [&](const std::string& what) { fail(p, "pack_index", layout_name(layout).c_str(), what); };
-  if (w.layout->id != layout.id || w.n != p.c.n || w.k != p.c.k || w.nnz != p.nnz) wrong("header");
-  if (w.gather && !layout.may_gather) wrong("gathers where no kernel can");
-  if (layout.type != WeightType::s8 && w.strips[strip_count(p.c.n)].value != p.nnz) wrong("a value that is not kept");
-  const char* contradiction = nullptr;
-  const std::vector<double> dense = decode(w, contradiction);
-  if (contradiction != nullptr) wrong(contradiction);
-  int64_t at = 0;
-  for (int64_t n = 0; n < strip_count(p.c.n) * sl::kStrip; ++n) {
-    double sum = 0;
-    for (int64_t k = 0; k < p.c.k && n < p.c.n; ++k) {
-      const double expected = p.keeps(n, k) ? p.value(at++) : 0.0;
-      sum += expected;
-      if (dense[size_t(n * p.c.k + k)] == expected) continue;
-      return wrong("w[" + std::to_string(n) + "," + std::to_string(k) + "] is wrong");
-    }
-    if (w.row_init[n] != -layout.offset * sum) return wrong("row_init[" + std::to_string(n) + "]");
-  }
-}
-
-// Four rows that keep the same columns are what 4 x 1 blocks are: only these are worth gathering, at the usual sparsity.
-void test_gather_choice() {
-  const auto gathers = [](int rows, int columns, double kept, const sl::IndexLayout& layout) {
-    SparseCase c{0, 64, 512, WeightType::s8, kept, false};
-    c.block_rows = rows;
-    c.block_columns = columns;
-    SparseProblem p(c);
-    const Packed packed(layout, p.bitmap());
-    test_form(p, layout, packed.weight);
-    return packed.weight.gather;
-  };
-  for (double kept : {0.1, 0.2, 0.3}) expect(gathers(4, 1, kept, sl::kQuads4), "gather", "4 x 1 blocks");
-  for (double kept : {0.1, 0.2, 0.5}) expect(!gathers(1, 4, kept, sl::kQuads4), "gather", "1 x 4 blocks");
-  for (double kept : {0.1, 0.2, 0.5}) expect(!gathers(4, 4, kept, sl::kQuads4), "gather", "4 x 4 blocks");
-  expect(!gathers(1, 1, 1.0, sl::kQuads4), "gather", "nothing pruned");
-  for (const sl::IndexLayout* layout : kLayouts) {
-    if (layout->type == WeightType::s8 && !layout->may_gather)
-      expect(!gathers(4, 1, 0.2, *layout), "gather", "no kernel");
-  }
-}
-
-// What a u16 cannot name, or an int32 not sum, has no index form: the very limit has, and is right.
-void test_limits() {
-  for (const sl::IndexLayout* layout : kLayouts) {
-    const std::string name = layout_name(*layout);
-    const bool integer = layout->type == WeightType::s8;
-    const int64_t columns = sl::kMaxUnits * layout->unit;
-    SparseCase c{0, 1, columns, layout->type, integer ? 0.4 : 1.0, false};
-    SparseProblem p(c);
-    test_form(p, *layout, Packed(*layout, p.bitmap()).weight);
-    c.k = columns + 1;
-    c.kept = 0.01;
-    SparseProblem wide(c);
-    expect(sl::pack_index(*layout, wide.bitmap()).empty(), name, "packed more units than a list can name");
-    if (!integer) continue;
-    for (int64_t count : {sl::kMaxRowCount, sl::kMaxRowCount + 1}) {
-      SparseProblem full({0, 2, count, WeightType::s8, 1.0, false});
-      expect(sl::pack_index(*layout, full.bitmap()).empty() == (count > sl::kMaxRowCount), name, "a row's length");
-    }
-  }
 }
 
 // ---- the kernels ---------------------------------------------------------------------------------------------------
@@ -367,57 +221,6 @@ std::vector<SparseCase> all_cases() {
 
 // ---- errors ----------------------------------------------------------------------------------------------------
 
-// FNV-1a of what stands before it.
-void seal(sl::IndexHeader& header) {
-  header.checksum = 1469598103934665603ull;
-  for (size_t i = 0; i < offsetof(sl::IndexHeader, checksum); ++i) {
-    header.checksum = (header.checksum ^ reinterpret_cast<unsigned char*>(&header)[i]) * 1099511628211ull;
-  }
-}
-
-void test_header_errors(const sl::IndexLayout& layout) {
-  SparseProblem p({0, 20, 30, layout.type});
-  const std::vector<char> good = sl::pack_index(layout, p.bitmap());
-  const auto bytes = int64_t(good.size());
-  Exact<char> packed(good.data(), bytes);
-  for (size_t i = 0; i < offsetof(sl::IndexHeader, padding); ++i) {  // what is behind it says nothing
-    for (int bit = 0; bit < 8; ++bit) {
-      packed[int64_t(i)] = char(packed[int64_t(i)] ^ (1 << bit));
-      expect_error("header bit", kRemedy, [&] { sl::open_index(packed.data(), bytes); });
-      packed[int64_t(i)] = char(packed[int64_t(i)] ^ (1 << bit));
-    }
-  }
-  for (int64_t size : {int64_t(0), int64_t(64), int64_t(127), int64_t(128), bytes / 2, bytes - 64, bytes - 1}) {
-    const Exact<char> part(good.data(), size);
-    expect_error("truncated", kRemedy, [&] { sl::open_index(part.data(), size); });
-  }
-  Exact<char> longer(bytes + 64);
-  std::memcpy(longer.data(), good.data(), good.size());
-  expect_error("too long", kRemedy, [&] { sl::open_index(longer.data(), bytes + 64); });
-  std::memcpy(longer.data() + 1, good.data(), good.size());
-  expect_error("misaligned", "64-byte aligned", [&] { sl::open_index(longer.data() + 1, bytes); });
-
-  // What a whole header may still say: of another version of this library, of other sizes.
-  const std::pair<const char*, std::function<void(sl::IndexHeader&)>> changes[] = {
-      {"not the index form", [](sl::IndexHeader& h) { h.magic ^= 1; }},
-      {"has version 2, expected 1", [](sl::IndexHeader& h) { h.version = 2; }},
-      {"unknown layout 11", [](sl::IndexHeader& h) { h.layout = 11; }},
-      {"[N=100, K=30] should have", [](sl::IndexHeader& h) { h.n = 100; }},
-      {"should have", [](sl::IndexHeader& h) { h.list_count += 32; }},
-      {"should have", [](sl::IndexHeader& h) { h.value_count += 32; }},
-      {"should have", [](sl::IndexHeader& h) { h.total_bytes += 64; }},
-  };
-  for (const auto& [message, change] : changes) {
-    sl::IndexHeader header;
-    std::memcpy(&header, good.data(), sizeof header);
-    change(header);
-    seal(header);
-    std::memcpy(packed.data(), &header, sizeof header);
-    expect_error(message, message, [&] { sl::open_index(packed.data(), bytes); });
-    expect_error(message, kRemedy, [&] { sl::open_index(packed.data(), bytes); });
-  }
-}
-
 void test_run_errors() {
   SparseProblem p({2, 20, 30, WeightType::s8}), floats({2, 20, 30, WeightType::f32});
   const sl::IndexKernel& kernel = sl::best_index_kernel(WeightType::s8);
@@ -538,9 +341,6 @@ int main() {
     std::printf("%-11s %-36s layout %-2d %zu cases\n", pc::isa_name(kernel->isa), kernel->name, kernel->layout.id,
                 cases.size());
   }
-  test_gather_choice();
-  test_limits();
-  for (const sl::IndexLayout* layout : kLayouts) test_header_errors(*layout);
   const std::vector<pc::Isa> isas = pc::available_isas();
   for (pc::Isa isa : isas) {
     setenv("PYCOMPRESS_ISA", pc::isa_name(isa), 1);
