@@ -181,7 +181,8 @@ def hard_term(case: Case, z: np.ndarray, label: np.ndarray) -> Divergence:
     allowed = z != -np.inf
     count = np.maximum(allowed.sum(-1, keepdims=True), 1)
     spread = np.where(allowed, -lq, 0.0).sum(-1, keepdims=True) / count
-    value = -(1 - smoothing) * log + smoothing * spread
+    # A part whose weight is 0 is not computed: 0 times the infinite loss of a masked label is 0.
+    value = (-(1 - smoothing) * log if smoothing < 1 else 0.0) + smoothing * spread
     value = np.where((log == -np.inf) & (smoothing < 1), np.inf, value)
     target = smoothing * allowed / count
     np.put_along_axis(target, at, np.take_along_axis(target, at, 1) + 1 - smoothing, 1)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -265,6 +265,11 @@ def test_micro_batches_add_up(engine: str, weighted: bool) -> None:
     reduction=st.sampled_from(REDUCTIONS), weighted=st.booleans(), teacher_grad=st.booleans(),
     magnitude=st.integers(-2, 3), masked=st.sampled_from((0.0, 0.0, 0.3)), row_gap=st.integers(0, 9),
     column_step=st.integers(1, 3),
+)  # fmt: skip
+@example(  # all of the weight goes to smoothing, and the label is masked
+    t=1, v=3, teacher_more=0, seed=0, dtype=torch.float32, teacher_dtype=torch.float32, divergence="forward_kl",
+    temperature=1.0, alpha=1.0, beta=0.0, smoothing=1.0, reduction="mean", weighted=False, teacher_grad=False,
+    magnitude=0, masked=0.3, row_gap=0, column_step=1,
 )  # fmt: skip
 def test_drawn(
     t: int, v: int, teacher_more: int, seed: int, dtype: torch.dtype, teacher_dtype: torch.dtype, divergence: str,
