@@ -1,11 +1,10 @@
-// pybind11: m.def lines and the conversions they need. Pointers arrive as integers (Tensor.data_ptr()), so that the
-// module knows nothing of torch. Every call that computes releases the GIL.
+// pybind11: m.def lines and the conversions they need. Every call that computes releases the GIL.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
 #include <memory>
 
+#include "bindings.h"
 #include "common/check.h"
 #include "common/dlpack.h"
 #include "common/isa.h"
@@ -24,33 +23,9 @@ namespace sl = pycompress::sparse_linear;
 
 namespace {
 
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-template <class Enum>
-Enum to_enum(int value, int count, const char* what) {
-  pc::check(value >= 0 && value < count, what, "=", value, " is unknown");
-  return static_cast<Enum>(value);
-}
-
-// layout: M, K, inner_rows, outer_stride, row_stride, col_stride
-template <class Args>
-Args with_rows(Args a, uintptr_t x, const std::array<int64_t, 6>& layout, int dtype, uintptr_t y, int threads,
-               const char* what) {
-  a.x = pointer<const void>(x);
-  a.y = pointer<void>(y);
-  a.dtype = to_enum<pc::Dtype>(dtype, 3, what);
-  a.threads = threads;
-  a.m = layout[0];
-  a.k = layout[1];
-  a.inner_rows = layout[2];
-  a.outer_stride = layout[3];
-  a.row_stride = layout[4];
-  a.col_stride = layout[5];
-  return a;
-}
+using pc::bindings::pointer;
+using pc::bindings::to_enum;
+using pc::bindings::with_rows;
 
 // A layer's arguments but for x and y, as addresses that the caller keeps alive. A call then passes five integers,
 // which is what a small product can afford.
@@ -74,7 +49,7 @@ class Int8Plan {
     run_strided(x, {m, k, m > 0 ? m : 1, 0, k, 1}, dtype, y, threads);
   }
 
-  void run_strided(uintptr_t x, const std::array<int64_t, 6>& layout, int dtype, uintptr_t y, int threads) const {
+  void run_strided(uintptr_t x, const pc::bindings::RowLayout& layout, int dtype, uintptr_t y, int threads) const {
     const im::Args args = with_rows(args_, x, layout, dtype, y, threads, "int8_matmul: dtype");
     py::gil_scoped_release release;
     im::run(args, prepared_);
@@ -123,13 +98,14 @@ class SparsePlan {
   void run_index(uintptr_t x, int64_t m, int64_t k, int dtype, uintptr_t y, int threads) const {
     run_index_strided(x, {m, k, m > 0 ? m : 1, 0, k, 1}, dtype, y, threads);
   }
-  void run_bitmap_strided(uintptr_t x, const std::array<int64_t, 6>& layout, int dtype, uintptr_t y,
+  void run_bitmap_strided(uintptr_t x, const pc::bindings::RowLayout& layout, int dtype, uintptr_t y,
                           int threads) const {
     const sl::Args args = with_rows(args_, x, layout, dtype, y, threads, "sparse_linear: dtype");
     py::gil_scoped_release release;
     sl::run_bitmap(args, bitmap_);
   }
-  void run_index_strided(uintptr_t x, const std::array<int64_t, 6>& layout, int dtype, uintptr_t y, int threads) const {
+  void run_index_strided(uintptr_t x, const pc::bindings::RowLayout& layout, int dtype, uintptr_t y,
+                         int threads) const {
     pc::check(kernel_ != nullptr, "sparse_linear: this weight has no index form; pack it with pack_index");
     const sl::Args args = with_rows(args_, x, layout, dtype, y, threads, "sparse_linear: dtype");
     py::gil_scoped_release release;

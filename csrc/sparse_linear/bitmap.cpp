@@ -4,9 +4,9 @@
 
 #include <cstring>
 
-#include "common/check.h"
 #include "common/memory.h"
 #include "common/parallel.h"
+#include "sparse_linear/check_args.h"
 
 namespace pycompress::sparse_linear {
 namespace {

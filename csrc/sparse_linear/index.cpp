@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <cmath>
 
-#include "common/check.h"
 #include "common/memory.h"
 #include "common/parallel.h"
+#include "sparse_linear/check_args.h"
 
 namespace pycompress::sparse_linear {
 namespace {

@@ -26,11 +26,9 @@
 
 namespace pycompress::sparse_linear {
 
-enum class WeightType : int { f32 = 0, bf16 = 1, s8 = 2 };
+enum class WeightType : int { f32 = 0, bf16 = 1, s8 = 2, f16 = 3 };  // f16: on GPUs alone, see cuda.h
 
-static inline int weight_size(WeightType type) {
-  return type == WeightType::f32 ? 4 : type == WeightType::bf16 ? 2 : 1;
-}
+static inline int weight_size(WeightType type) { return type == WeightType::f32 ? 4 : type == WeightType::s8 ? 1 : 2; }
 
 using Args = LinearArgs;  // weight_scale: s8 only
 
@@ -43,9 +41,6 @@ struct Bitmap {
 };
 
 // ---- sparse_linear.cpp: what both forms share -------------------------------------------------------------------
-
-// x, y, sizes against the weight's N and K. Throws ArgumentError.
-void check_args(const Args& args, WeightType type, int64_t n, int64_t k);
 
 // `values` [n] as f32 with zeros up to `padded`: as they are where they already lie so, else written to `copy`.
 const float* padded_floats(const void* values, Dtype dtype, int64_t n, int64_t padded, float* copy);
