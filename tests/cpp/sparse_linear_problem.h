@@ -22,7 +22,12 @@ struct SparseCase {
   int threads = 1;
   bool extreme = false;                   // s8: +-127 throughout and scales of 1, for sums at the edge of the integers
   int block_rows = 1, block_columns = 1;  // that are kept, or not, together
+  bool two_of_four = false;               // at most two of columns 4 i to 4 i + 3 are kept
 };
+
+Dtype float_dtype(WeightType type) {
+  return type == WeightType::f32 ? Dtype::f32 : type == WeightType::f16 ? Dtype::f16 : Dtype::bf16;
+}
 
 struct SparseProblem {
   SparseCase c;
@@ -46,7 +51,7 @@ struct SparseProblem {
   bool keeps(int64_t n, int64_t k) { return (bits[n * ((c.k + 7) / 8) + k / 8] >> (k % 8)) & 1; }
   double value(int64_t i) {
     if (c.type == WeightType::s8) return reinterpret_cast<int8_t*>(values.data())[i];
-    return pc::load_float(values.data(), i, c.type == WeightType::f32 ? Dtype::f32 : Dtype::bf16);
+    return pc::load_float(values.data(), i, float_dtype(c.type));
   }
 
   explicit SparseProblem(const SparseCase& wanted);
@@ -80,7 +85,7 @@ SparseProblem::SparseProblem(const SparseCase& wanted)
     if (c.type == WeightType::s8) {
       reinterpret_cast<int8_t*>(values.data())[i] = int8_t(c.extreme ? 127 : draw(-127, 127));
     } else {
-      pc::store_float(values.data(), i, c.type == WeightType::f32 ? Dtype::f32 : Dtype::bf16, float(uniform(-2, 2)));
+      pc::store_float(values.data(), i, float_dtype(c.type), float(uniform(-2, 2)));
     }
   }
   for (int64_t n = 0; n < c.n; ++n) {
@@ -98,12 +103,15 @@ int64_t SparseProblem::draw_bits() {
     const int64_t block_row = n - n % c.block_rows;
     if (n == block_row) kind = c.holes ? int(draw(0, 9)) : 2;
     const double kept = kind == 0 ? 0.0 : kind == 1 ? 1.0 : c.kept;
+    int of_four = 0;
     row_start[n] = count;
     std::fill(bits.data() + n * row_bytes, bits.data() + (n + 1) * row_bytes, uint8_t(0));
     for (int64_t k = 0; k < c.k; ++k) {
       const int64_t block_column = k - k % c.block_columns;
       const bool first = n == block_row && k == block_column;
+      if (k % 4 == 0) of_four = 0;
       if (!(first ? uniform(0, 1) < kept : keeps(block_row, block_column))) continue;
+      if (c.two_of_four && ++of_four > 2) continue;
       bits[n * row_bytes + k / 8] = uint8_t(bits[n * row_bytes + k / 8] | 1 << (k % 8));
       ++count;
     }
