@@ -1,4 +1,4 @@
-"""The cost model on disk: one JSON file for each machine, instruction set, number of threads and version.
+"""The cost model on disk: one JSON file for each machine, instruction set, number of threads and version, and each GPU.
 
     $PYCOMPRESS_CACHE | $XDG_CACHE_HOME/pycompress | ~/.cache/pycompress  /  cost_model-<key>.json
 
@@ -16,6 +16,7 @@ import math
 import os
 import tempfile
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,12 @@ import torch
 from pycompress import _native
 from pycompress.cost_builtin import BUILTIN_FITS
 from pycompress.cost_core import DTYPES, FORMS, CostModel, Fit, Shape
+from pycompress.cost_gpu import GPU_COUNTS, GPU_DTYPES, GPU_FIGURES
 from pycompress.version import __version__
 
 _FORMAT = "pycompress.cost_model"
-_VERSION = 3  # of the file and of what is counted
+VERSION = 3  # of the file and of what is counted
+Fits = Mapping[tuple[str, str], Fit]
 OVERRIDE = "PYCOMPRESS_COST_MODEL"
 BUILTIN = "builtin"
 
@@ -47,7 +50,7 @@ def machine_key(threads: int) -> dict[str, Any]:
         "threads": threads,
         "torch": torch.__version__,
         "pycompress": __version__,
-        "version": _VERSION,
+        "version": VERSION,
     }
 
 
@@ -76,7 +79,7 @@ def to_json(model: CostModel, key: dict[str, Any]) -> str:
     }
     content = {
         "format": _FORMAT,
-        "version": _VERSION,
+        "version": VERSION,
         "key": key,
         "measured": sorted(model.measured),
         "fits": fits,
@@ -85,7 +88,7 @@ def to_json(model: CostModel, key: dict[str, Any]) -> str:
     return json.dumps(content)
 
 
-def from_json(text: str, key: dict[str, Any] | None = None) -> CostModel:
+def from_json(text: str, key: dict[str, Any] | None = None, builtin: Fits = BUILTIN_FITS) -> CostModel:
     """The model with built-in figures for what was not measured.
 
     Raises ValueError on anything that to_json did not write, or wrote for another key.
@@ -94,34 +97,38 @@ def from_json(text: str, key: dict[str, Any] | None = None) -> CostModel:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON ({error})") from error
-    if not isinstance(content, dict) or content.get("format") != _FORMAT or content.get("version") != _VERSION:
-        raise ValueError(f"no {_FORMAT!r} file of version {_VERSION}")
+    if not isinstance(content, dict) or content.get("format") != _FORMAT or content.get("version") != VERSION:
+        raise ValueError(f"no {_FORMAT!r} file of version {VERSION}")
     if key is not None and content.get("key") != key:
         raise ValueError(f"it is of {content.get('key')}, not of {key}")
     try:
-        fits = {_fit_key(name): _checked_fit(name, value) for name, value in content["fits"].items()}
+        of_gpu = "gpu" in content["key"]
+        fits = {_fit_key(name, of_gpu): _checked_fit(name, value, of_gpu) for name, value in content["fits"].items()}
         measured = frozenset(str(dtype) for dtype in content["measured"])
-        model = CostModel({**BUILTIN_FITS, **fits}, threads=int(content["key"]["threads"]), measured=measured)
+        machine = content["key"] if of_gpu else None
+        threads = 1 if of_gpu else int(content["key"]["threads"])
+        model = CostModel({**builtin, **fits}, threads=threads, measured=measured, machine=machine)
         model.restore([(tuple(k), int(m), _positive(ratio)) for k, m, ratio in content["corrections"]])
     except (KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"it lacks a part, or has one of the wrong kind ({error!r})") from error
     for dtype in measured:
-        if any((dtype, form) not in fits for form in FORMS):
+        if any((dtype, form) not in fits for form in (("bitmap", "dense") if of_gpu else FORMS)):
             raise ValueError(f"it lacks a form of {dtype}")
     return model
 
 
-def _fit_key(name: str) -> tuple[str, str]:
+def _fit_key(name: str, of_gpu: bool) -> tuple[str, str]:
     dtype, _, form = name.partition(" ")
-    if dtype not in DTYPES or form not in FORMS:
+    if dtype not in (GPU_DTYPES if of_gpu else DTYPES) or form not in (GPU_FIGURES if of_gpu else FORMS):
         raise ValueError(f"it has figures for {name!r}")
     return dtype, form
 
 
-def _checked_fit(name: str, value: dict[str, Any]) -> Fit:
+def _checked_fit(name: str, value: dict[str, Any], of_gpu: bool) -> Fit:
     tokens = tuple(int(m) for m in value["tokens"])
     rows = tuple(tuple(float(c) for c in row) for row in value["rows"])
-    width = len(Shape.random(8, 8, 0.5, name.partition(" ")[0]).counts(name.partition(" ")[2]))
+    dtype, _, form = name.partition(" ")
+    width = GPU_COUNTS if of_gpu else len(Shape.random(8, 8, 0.5, dtype).counts(form))
     sound = len(tokens) == len(rows) > 0 and all(a < b for a, b in zip((0, *tokens), tokens, strict=False))
     sound = sound and all(len(row) == width and max(row) > 0 for row in rows)
     if not sound or not all(math.isfinite(c) and c >= 0 for row in rows for c in row):
@@ -136,11 +143,15 @@ def _positive(ratio: object) -> float:
 
 
 def load(threads: int) -> CostModel | None:
-    """The model cached for this machine, or None: there is none yet, or the file is of no use (then a warning)."""
-    key = machine_key(threads)
+    """The model cached for this CPU, or None, see load_of."""
+    return load_of(machine_key(threads), BUILTIN_FITS)
+
+
+def load_of(key: dict[str, Any], builtin: Fits) -> CostModel | None:
+    """The model cached for a machine, or None: there is none yet, or the file is of no use (then a warning)."""
     path = cache_path(key)
     try:
-        return from_json(path.read_text(encoding="utf-8"), key)
+        return from_json(path.read_text(encoding="utf-8"), key, builtin)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
@@ -162,7 +173,7 @@ def load_override() -> CostModel:
 
 def save(model: CostModel) -> Path | None:
     """Writes the model, whole or not at all; None where there is nowhere to write."""
-    key = machine_key(model.threads)
+    key = model.machine or machine_key(model.threads)
     path = cache_path(key)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

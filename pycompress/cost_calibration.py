@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -91,8 +91,10 @@ def least_times(
     start = clock()
     done = 0
     with _no_collection():
-        while done < rounds or (spent := clock() - start) < seconds or (
-            spent < patience * seconds and any(second > _SAME * first for first, second in least.values())
+        while (
+            done < rounds
+            or (spent := clock() - start) < seconds
+            or (spent < patience * seconds and any(second > _SAME * first for first, second in least.values()))
         ):
             for name, run in runs.items():
                 # The first call of a turn refills the caches that the others emptied; a long one does not notice.
@@ -115,6 +117,33 @@ def _no_collection() -> Iterator[None]:
     finally:
         if collecting:
             gc.enable()
+
+
+class Bench:
+    """What is measured, and on what. This one: the CPU."""
+
+    tokens: Mapping[str, Sequence[int]] = _TOKENS
+    most_work = _MOST_WORK
+    out_of_line = _OUT_OF_LINE
+    slowest = _SLOWEST_MACHINE
+
+    def layers(self, dtype: str) -> Sequence[tuple[int, int, float, Any]]:
+        return _INT8_LAYERS if dtype == "int8" else _FLOAT_LAYERS
+
+    def in_forms(self, spec: tuple[int, int, float, Any], dtype: str) -> tuple[dict[str, nn.Module], Shape]:
+        """One of the layers in each form that it has, and what its time depends on."""
+        n, k, sparsity, block = spec
+        return _layer_in_forms(n, k, sparsity, block, dtype)
+
+    def activations(self, m: int, k: int, dense: str) -> Tensor:
+        return activations(m, k, dense)
+
+    def expected(self) -> Mapping[tuple[str, str], Fit]:
+        """Figures that are right but for a factor of each form."""
+        return BUILTIN_FITS
+
+
+_CPU = Bench()
 
 
 def variant(layer: SparseLinear, form: str, dense: str) -> nn.Module:
@@ -176,23 +205,26 @@ class _Sample:
     shape: Shape
     seconds: float
 
-    def ratio(self) -> float:
+    @property
+    def figures(self) -> tuple[str, str]:
+        return self.shape.figures(self.form)
+
+    def ratio(self, expected: Mapping[tuple[str, str], Fit]) -> float:
         """To what the built-in figures say: alike for all samples of a form, whatever the machine."""
-        figures = BUILTIN_FITS[self.shape.figures(self.form)]
-        return self.seconds / figures.predict(self.m, self.shape.counts(self.form))
+        return self.seconds / expected[self.figures].predict(self.m, self.shape.counts(self.form))
 
 
 def measure_fits(
-    dtype: str, *, clock: Clock = time.perf_counter, progress: Progress | None = None
+    dtype: str, *, clock: Clock = time.perf_counter, progress: Progress | None = None, bench: Bench = _CPU
 ) -> dict[tuple[str, str], Fit]:
-    """The fits of one weight dtype on this machine, with torch's threads. Takes a few seconds.
+    """The fits of one weight dtype on this machine, with torch's threads, or on the bench's. Takes a few seconds.
 
     Times that are out of line are measured once more, and left out if they still are.
 
     Raises:
         BusyMachineError: too many of them are, so that nothing can be learnt now.
     """
-    layers = _INT8_LAYERS if dtype == "int8" else _FLOAT_LAYERS
+    layers = bench.layers(dtype)
     samples: list[_Sample] = []
     start = clock()
 
@@ -200,46 +232,49 @@ def measure_fits(
         return clock() - start > _ENOUGH
 
     for done in range(len(layers)):
-        samples += _measure_layer(done, dtype, None, clock, hurry())
+        samples += _measure_layer(bench, done, dtype, None, clock, hurry())
         if progress is not None:
             progress(done + 1, len(layers))
-    for layer in () if hurry() else sorted({s.layer for s in _outliers(samples)}):
-        again = _measure_layer(layer, dtype, {s.m for s in _outliers(samples) if s.layer == layer}, clock, hurry())
+    for layer in () if hurry() else sorted({s.layer for s in _outliers(samples, bench)}):
+        worse = {s.m for s in _outliers(samples, bench) if s.layer == layer}
+        again = _measure_layer(bench, layer, dtype, worse, clock, hurry())
         better = {(s.form, s.m): s.seconds for s in again}
         for s in samples:
             if s.layer == layer:
                 s.seconds = min(s.seconds, better.get((s.form, s.m), math.inf))
     fits = {}
-    dropped = {id(s) for s in _outliers(samples)}
-    for form in FORMS:
-        mine = [s for s in samples if s.form == form]
-        kept = [(s.m, s.shape.counts(form), s.seconds) for s in mine if id(s) not in dropped]
+    dropped = {id(s) for s in _outliers(samples, bench)}
+    for figures in dict.fromkeys(s.figures for s in sorted(samples, key=lambda s: FORMS.index(s.form))):
+        mine = [s for s in samples if s.figures == figures]
+        kept = [(s.m, s.shape.counts(s.form), s.seconds) for s in mine if id(s) not in dropped]
         if len(kept) < (1 - _MOST_DROPPED) * len(mine) or {m for m, _, _ in kept} != {s.m for s in mine}:
-            raise BusyMachineError(f"{len(mine) - len(kept)} of {len(mine)} times of the {form} form are out of line")
-        if kept:
-            fits[dtype, form] = fit(kept)
+            some = f"{len(mine) - len(kept)} of {len(mine)}"
+            raise BusyMachineError(f"{some} times of the {figures[1]} form are out of line")
+        fits[figures] = fit(kept)
     return fits
 
 
-def _outliers(samples: Sequence[_Sample]) -> list[_Sample]:
+def _outliers(samples: Sequence[_Sample], bench: Bench) -> list[_Sample]:
     """Those that are slower than the fastest of their form by far more than the built-in figures tell."""
-    usual = {}
-    for form in {s.form for s in samples}:
-        ratios = sorted(s.ratio() for s in samples if s.form == form)
-        usual[form] = min(ratios[len(ratios) // 5], _SLOWEST_MACHINE)
-    return [s for s in samples if s.ratio() > _OUT_OF_LINE * usual[s.form]]
+    expected, usual = bench.expected(), {}
+    ratio = {id(s): s.ratio(expected) for s in samples}
+    for figures in {s.figures for s in samples}:
+        ratios = sorted(ratio[id(s)] for s in samples if s.figures == figures)
+        usual[figures] = min(ratios[len(ratios) // 5], bench.slowest)
+    return [s for s in samples if ratio[id(s)] > bench.out_of_line * usual[s.figures]]
 
 
-def _measure_layer(index: int, dtype: str, only: Collection[int] | None, clock: Clock, hurry: bool) -> list[_Sample]:
+def _measure_layer(
+    bench: Bench, index: int, dtype: str, only: Collection[int] | None, clock: Clock, hurry: bool
+) -> list[_Sample]:
     """The times of one of the layers at each M, or at those in `only`, which are worth more time."""
-    spec = (_INT8_LAYERS if dtype == "int8" else _FLOAT_LAYERS)[index]
-    modules, shape = _layer_in_forms(*spec, dtype)
+    modules, shape = bench.in_forms(bench.layers(dtype)[index], dtype)
     samples = []
-    for m in sorted({m for tokens in _TOKENS.values() for m in tokens} if only is None else only):
-        if m * shape.n * shape.k > _MOST_WORK:
+    for m in sorted({m for tokens in bench.tokens.values() for m in tokens} if only is None else only):
+        if m * shape.n * shape.k > bench.most_work:
             continue
-        x = activations(m, shape.k, dtype)
-        runs = {form: runner(modules[form], x) for form in FORMS if m in _TOKENS[form] and form in modules}
+        x = bench.activations(m, shape.k, dtype)
+        runs = {form: runner(modules[form], x) for form in FORMS if m in bench.tokens[form] and form in modules}
         with torch.no_grad():
             seconds = _SECONDS if only is None else 4 * _SECONDS
             rounds, patience = (2, 0.0) if hurry else (_LEAST_ROUNDS, _PATIENCE)

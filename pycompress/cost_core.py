@@ -15,7 +15,7 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
@@ -34,8 +34,8 @@ ANY_M = 2**62
 BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, ANY_M)
 # A form may cost this much more than the best where it spares a switch, and the memory of one more form.
 SLACK = 1.03
-_VALUE_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
-# The index kernels step in whole registers of tokens; between two of these M the time does not change.
+VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+# The CPU's index kernels step in whole registers of tokens.
 _TOKENS_A_STEP = {"bitmap": 1, "index": 16, "dense": 1}
 
 Choice = tuple[int, ...]  # (largest M, code of the form, largest M, code, ...); the last largest M is ANY_M
@@ -92,7 +92,7 @@ class Shape:
     def sparsity(self) -> float:
         return 1.0 - self.nnz / (self.n * self.k) if self.n * self.k else 0.0
 
-    def key(self) -> tuple[int, int, str, str, int, int]:
+    def key(self) -> tuple[int | str, ...]:
         """Equal for layers that cost the same: percents of weights kept and of what the index form visits."""
         cells = max(self.n * self.k, 1)
         kept, visited = (round(100 * count / cells) for count in (self.nnz, sum(self._visited())))
@@ -101,6 +101,10 @@ class Shape:
     def figures(self, form: str) -> tuple[str, str]:
         """Which fit tells this form's time."""
         return (self.dense if form == "dense" else self.dtype), form
+
+    def step(self, form: str) -> int:
+        """The kernels of a form take so many tokens at a time: between two multiples the time does not change."""
+        return _TOKENS_A_STEP[form]
 
     def _visited(self) -> tuple[int, int, int, int]:
         """What the index form walks: list entries and weights of these; then the same for gathered columns.
@@ -116,7 +120,7 @@ class Shape:
     def counts(self, form: str) -> tuple[float, ...]:
         """What the coefficients of a form are multiplied with."""
         n, k, cells = self.n, self.k, self.n * self.k
-        bytes_each = _VALUE_BYTES[self.dense if form == "dense" else self.dtype]
+        bytes_each = VALUE_BYTES[self.dense if form == "dense" else self.dtype]
         if form == "dense":
             return (1.0, n, k, cells, *_beyond(cells * bytes_each))
         if form == "bitmap":
@@ -212,11 +216,19 @@ def _least_relative(counts: Sequence[Sequence[float]], seconds: Sequence[float])
 class CostModel:
     """Predicts times and chooses forms, for one machine and number of threads.
 
-    fits: by (dtype, form). measured: the dtypes whose fits were measured on this machine, not built in.
+    fits: by what Shape.figures names. measured: the dtypes whose fits were measured on this machine, not built in.
+    machine: what the times depend on besides the layer, as cost_target.py tells it; empty: the CPU with these threads.
     """
 
-    def __init__(self, fits: Mapping[tuple[str, str], Fit], *, threads: int, measured: frozenset[str]) -> None:
-        self.fits, self.threads, self.measured = dict(fits), threads, measured
+    def __init__(
+        self,
+        fits: Mapping[tuple[str, str], Fit],
+        *,
+        threads: int,
+        measured: frozenset[str],
+        machine: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.fits, self.threads, self.measured, self.machine = dict(fits), threads, measured, dict(machine or {})
         self._corrections: dict[tuple[object, ...], dict[int, float]] = {}
 
     def predict(self, form: str, m: int, shape: Shape, *, corrected: bool = True) -> float:
@@ -229,7 +241,7 @@ class CostModel:
         if fitted is None:
             known = ", ".join(sorted({f"{d} {f}" for d, f in self.fits}))
             raise ValueError(f"CostModel: no figures for {' '.join(shape.figures(form))!r}; there are {known}")
-        step = _TOKENS_A_STEP[form]
+        step = shape.step(form)
         whole = -(-m // step) * step if m > step else max(m, 1)
         seconds = fitted.predict(whole, shape.counts(form))
         found = self._corrections.get((*shape.key(), form)) if corrected else None
@@ -264,6 +276,10 @@ class CostModel:
             beside them, which spares the memory of forms that would never run.
         """
         codes = [(form, code) for code, form in enumerate(FORMS) if self.knows(form, shape)]
+        if not codes:
+            raise ValueError(
+                f"CostModel: no figures for a {shape.dtype} layer; calibrate_cost_model({shape.dtype!r}) measures them"
+            )
         taken: list[int] = []
         low = 1
         for high in BUCKETS:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from pycompress.cost_calibration import activations, least_times, runner, variant
+from pycompress.cost_calibration import least_times, runner, variant
 from pycompress.cost_core import DEFAULT_TOKENS, CostModel, Shape, describe_choice, form_at
 from pycompress.text_table import TextTable
 
 if TYPE_CHECKING:
+    from pycompress.cost_target import CpuTarget
     from pycompress.nn import SparseLinear
 
 
@@ -66,48 +68,53 @@ def explain_layer(
 ) -> Explanation:
     """What `layer` runs for each number of tokens, and what it and its dense counterpart take.
 
-    measure: also time both, a few milliseconds each; only on the CPU.
+    measure: also time both, a few milliseconds each; not where kernels are emulated or interpreted.
 
     Raises:
         ValueError: tokens that are not positive integers, or a layer on the meta device.
     """
-    from pycompress.cost_model import default_cost_model
+    from pycompress.cost_model import model_for
+    from pycompress.cost_target import check_model, target_of
 
     given = DEFAULT_TOKENS if tokens is None else tokens
     tokens = tuple(given) if isinstance(given, Iterable) else ()
     if not tokens or not all(isinstance(m, int) and m >= 1 for m in tokens):
         raise ValueError(f"SparseLinear.explain: tokens={given!r}; expected a sequence of integers, each at least 1")
-    shape = Shape.of_layer(layer)
-    model = model or default_cost_model()
-    measure = measure and layer.weight_bitmap.device.type == "cpu"
-    dense = variant(layer, "dense", shape.dense) if measure else None
+    target = target_of(layer)
+    check_model(model, target)
+    shape = target.shape(layer)
+    model = model or model_for(layer)
+    # Elsewhere, as on the meta device, no form is read.
+    measure = measure and target.can_measure and layer.weight_bitmap.device.type == target.device_type
+    dense, clock = (variant(layer, "dense", shape.dense), target.clock()) if measure else (None, time.perf_counter)
     found = []
     for m in tokens:
         form = form_at(layer.choice, m)
         taken: dict[str, float] = {}
         if dense is not None:
-            x = activations(m, layer.in_features, shape.dense)
+            x = target.activations(m, layer.in_features, shape.dense)
             with torch.no_grad():
-                taken = least_times({"layer": runner(layer, x), "dense": runner(dense, x)}, rounds=8)
+                taken = least_times({"layer": runner(layer, x), "dense": runner(dense, x)}, rounds=8, clock=clock)
         predicted = {f: model.predict(f, m, shape) for f in dict.fromkeys((form, "dense"))}
         found.append(
             ExplainedTokens(
                 *(m, form, predicted[form], taken.get("layer"), predicted["dense"], taken.get("dense")),
-                _why(layer, form, m, predicted, model, shape),
+                _why(layer, form, m, predicted, model, target, shape),
             )
         )
     name = f"SparseLinear {shape.n}x{shape.k} {shape.dtype}, sparsity {shape.sparsity:.3g}"
-    figures = "this machine's calibration" if {shape.dtype, shape.dense} <= model.measured else "built-in figures"
-    threads = f"{model.threads} thread{'s' if model.threads > 1 else ''}"
-    return Explanation(name, shape, describe_choice(layer.choice), f"{figures} for {threads}", found)
+    return Explanation(name, shape, describe_choice(layer.choice), target.figures(model, shape), found)
 
 
-def _why(layer: SparseLinear, form: str, m: int, predicted: dict[str, float], model: CostModel, shape: Shape) -> str:
+def _why(
+    layer: SparseLinear, form: str, m: int, predicted: dict[str, float], model: CostModel, target: CpuTarget,
+    shape: Shape,
+) -> str:  # fmt: skip
     if layer.backend == "reference":
         return "backend='reference' unpacks the weight for each call"
     if layer.format != "auto":
         return f"format={layer.format!r} was asked for"
-    known = "measured on this layer" if model.is_corrected(form, m, shape) else "predicted"
+    known = "measured on this layer" if model.is_corrected(form, m, shape) else target.predicted(model, shape)
     if form != "dense":
         return f"{known} {predicted['dense'] / predicted[form]:.2f}x as fast as dense"
     others = {f: model.predict(f, m, shape) for f in ("bitmap", "index") if model.knows(f, shape)}

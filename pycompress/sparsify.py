@@ -13,10 +13,12 @@ from torch.nn.utils import parametrize
 
 from pycompress.convert import apply_edits, attention_rows, carry_marks, shape_of, unchanged_error
 from pycompress.cost_core import ANY_M
-from pycompress.cost_model import DEFAULT_TOKENS, CostModel, Shape, default_cost_model, describe_choice, form_at
+from pycompress.cost_model import DEFAULT_TOKENS, CostModel, Shape, describe_choice, form_at, model_for
+from pycompress.cost_target import target_of
 from pycompress.fuse import Edit, FusionPlan, fast_path_edits, plan_fusions
 from pycompress.nn import Int8Linear, MaskedLinear, SparseLinear
 from pycompress.nn.float_linear import float_weight
+from pycompress.nn.sparse_forms import backends_of
 from pycompress.nn.sparse_state import pruned_weight
 from pycompress.ops import FORMATS, SPARSE_BACKENDS, SPARSE_DTYPES
 from pycompress.report import LayerReport, SparseLayerReport, SparsifyReport, model_bytes, state_bytes
@@ -71,16 +73,19 @@ def sparsify_(
     model: whose layers hold zeros: MaskedLinear as prune_ makes them, nn.Linear or Hugging Face's Conv1D with exact
         zeros in the weight, whatever put them there, and layers pruned by torch.nn.utils.prune or a parametrization.
         Other layers, and those that a swap would break, are left as they are; the report gives each its reason.
-    dtype: of the weights that are kept: "float32", "bfloat16" or "int8" (activations then too, a scale per token).
+    dtype: of the weights that are kept: "float32", "bfloat16", "int8" (activations then too, a scale per token) or
+        "float16", which is for models that will be moved to a GPU: on the CPU the reference computes it, slowly, and
+        nothing is chosen by speed.
     format: "auto" chooses for each number of tokens by the cost model, see pycompress.cost_model. A layer that would
         not be faster sparse for any of `tokens` is dense afterwards: as it was, its mask folded into an nn.Linear, or
         for dtype="int8" an Int8Linear. "bitmap" and "index" make every layer sparse, be it only for its size.
     tokens: numbers of tokens (rows of x) that matter; others take the form of the nearest.
     min_sparsity: layers with a smaller fraction of zeros are left.
     skip, filter_fn, fuse: as for quantize_.
-    backend: of the new layers; see SparseLinear. With "reference", and off the CPU, nothing is chosen by speed.
-    cost_model: what "auto" goes by. By default this machine's; where it was never measured that is done now, which
-        takes some seconds once, and close calls are settled by timing the layer.
+    backend: of the new layers; see SparseLinear. With "reference", and on devices that are neither a CPU nor a GPU with
+        kernels, nothing is chosen by speed.
+    cost_model: what "auto" goes by. By default this machine's, or that of the GPU that the layer is on; where it was
+        never measured that is done now, which takes some seconds once, and close calls are settled by timing the layer.
 
     Raises TypeError or ValueError for a bad argument, ValueError naming the layer whose kept weights are not
     finite. Whenever it raises, the model is what it was.
@@ -178,10 +183,10 @@ def _made(old: nn.Module, options: _Options) -> _New:
         cost_model=options.cost_model,
     )
     sparse.train(old.training)
-    if options.backend == "reference" or sparse.weight_bitmap.device.type != "cpu":
-        return _New(sparse, "swapped", "", zeros, options.format)
-    model = options.cost_model or default_cost_model()
-    shape = Shape.of_layer(sparse)
+    if not backends_of(sparse.weight_values, options.backend):
+        return _New(sparse, "swapped", _slow(sparse), zeros, options.format)
+    model = options.cost_model or model_for(sparse)
+    shape = target_of(sparse).shape(sparse)
     dense_times = tuple((m, t, t) for m in options.tokens for t in (model.predict("dense", m, shape),))
     times = tuple((m, t, model.predict(form_at(sparse.choice, m), m, shape)) for m, t, _ in dense_times)
     forms = {form_at(sparse.choice, m) for m in options.tokens}
@@ -190,6 +195,13 @@ def _made(old: nn.Module, options: _Options) -> _New:
         return _New(*_dense(old, source, mask, options, shape, model), zeros, "", dense_times)
     why = "holds the dense weight too, for the numbers of tokens where that is faster" if "dense" in forms else ""
     return _New(sparse, "swapped", why, zeros, describe_choice(sparse.choice), times)
+
+
+def _slow(sparse: SparseLinear) -> str:
+    """What to say of a layer that no kernel computes, though nobody asked for the reference."""
+    if sparse.dtype == "float16" and sparse.weight_values.device.type == "cpu" and sparse.backend == "auto":
+        return "float16 is for GPUs; on the CPU bfloat16 is fast, this runs by the reference"
+    return ""
 
 
 def _source(old: nn.Module) -> tuple[nn.Module, Tensor | None]:

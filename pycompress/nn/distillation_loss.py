@@ -23,7 +23,7 @@ class DistillationLoss(nn.Module):
         label_smoothing: of the hard term, 0 to 1.
         reduction: ``"mean"`` over the tokens that take part, ``"sum"`` or ``"none"``.
         teacher_grad: whether the gradient reaches the teacher's logits too.
-        backend: ``"auto"``, ``"native"`` or ``"reference"``; a named one runs or raises.
+        backend: ``"auto"``, ``"native"``, ``"cuda"``, ``"triton"`` or ``"reference"``; a named one runs or raises.
 
     It has no parameters and no state.
 

@@ -2,8 +2,8 @@
 
 State. A checkpoint holds plain tensors: ``weight`` int8 (N, K), ``weight_scale`` float32 (N,), ``bias``, and in static
 mode ``input_scale`` and ``input_zero_point``. In memory the module keeps one copy of the weight, in the non-persistent
-buffer ``_weight``: on the CPU packed for the kernels of this machine, on other devices plain. It is rebuilt from the
-plain form wherever the module moves, loads, is copied or unpickled.
+buffer ``_weight``: on the CPU packed for the native kernels of this machine, on other devices plain. It is rebuilt from
+the plain form wherever the module moves, loads, is copied or unpickled.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from torch import Tensor, nn
 from pycompress import ops
 from pycompress.nn.float_linear import float_bias, float_weight, make_float
 from pycompress.ops.eager import is_plain_eager
-from pycompress.ops.int8_matmul import check_options
+from pycompress.ops.int8_matmul import check_options, pick
 from pycompress.ops.int8_matmul_eager import EagerPlan
+from pycompress.ops.int8_matmul_reference import Call
 
 
 def _opens(weight: Tensor | None) -> bool:
-    """Whether this is a weight: plain, or packed on the CPU with a sound header."""
-    if weight is None or weight.dtype != torch.uint8 or weight.device.type != "cpu":
+    """Whether this is a weight: plain, or packed with a sound header."""
+    if weight is None or weight.dtype != torch.uint8 or weight.is_meta:
         return weight is not None
     try:
-        ops.kernel_name(weight)
+        ops.kernel_name(weight.cpu())
     except ValueError:
         return False
     return True
@@ -41,7 +42,7 @@ class Int8Linear(nn.Module):
         mode: ``"dynamic"`` (activations quantised per token), ``"static"`` (per tensor, calibrated) or
             ``"weight_only"`` (activations stay float).
         activation: fused into the kernel: ``"none"``, ``"relu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"silu"``.
-        backend: ``"auto"``, ``"native"`` or ``"reference"``; a named one runs or raises.
+        backend: ``"auto"``, ``"native"``, ``"cuda"``, ``"triton"`` or ``"reference"``; a named one runs or raises.
 
     Input ``(..., K)`` float32, bfloat16 or float16; output ``(..., N)`` of the same dtype. A new module holds a zero
     weight, to be filled by ``load_state_dict``; :meth:`from_float` makes one from a trained layer.
@@ -150,7 +151,7 @@ class Int8Linear(nn.Module):
 
     def _renew_plan(self, x: Tensor) -> EagerPlan | None:
         check_options(self.mode, self.activation, self.backend)
-        if self.backend != "reference":
+        if self.backend in ("auto", "native"):
             bias = self._parameters["bias"]
             self._plan = EagerPlan.make(x, self._buffers, bias, self.mode, self.activation)
         return self._plan
@@ -159,6 +160,8 @@ class Int8Linear(nn.Module):
         super().__setattr__(name, value)
         if name in ("mode", "activation", "backend"):
             self._plan = None  # made for the old one
+        if name == "backend" and "_weight" in self._buffers:
+            self._arrange()
 
     # ---- state ------------------------------------------------------------------------------------------------
 
@@ -175,9 +178,11 @@ class Int8Linear(nn.Module):
         return sum(t.nbytes for t in (*self._buffers.values(), *self._parameters.values()) if t is not None)
 
     def _arrange(self) -> None:
-        """Bring the weight into the form that its device wants: packed on the CPU, plain elsewhere."""
+        """Bring the weight into the form that its backend wants: packed on the CPU, plain elsewhere, and for a GPU
+        backend that is emulated or interpreted on the CPU.
+        """
         weight = self._weight
-        if weight.device.type == "cpu":
+        if weight.device.type == "cpu" and self.backend not in ("cuda", "triton"):
             if weight.dtype == torch.int8:
                 self._weight = ops.pack_weight(weight)
         elif weight.dtype == torch.uint8:
@@ -273,8 +278,18 @@ class Int8Linear(nn.Module):
         ]
         if self.activation != "none":
             parts.append(f"activation={self.activation}")
-        if self.backend == "reference" or self._weight.dtype != torch.uint8:
-            parts.append("backend=reference")
-        else:
-            parts.append(f"backend=native:{ops.kernel_name(self._weight)}")
+        parts.append(f"backend={self._runs()}")
         return ", ".join(parts)
+
+    def _runs(self) -> str:
+        """Who computes, on a GPU for one token and for many."""
+        try:
+            names = dict.fromkeys(pick(self.backend, self._call_of(tokens)).name for tokens in (1, 4096))
+        except ValueError:
+            return f"{self.backend} (cannot run on {self._weight.device})"
+        return f"native:{ops.kernel_name(self._weight)}" if "native" in names else "/".join(names)
+
+    def _call_of(self, tokens: int) -> Call:
+        x = self.weight_scale.new_empty(1).expand(tokens, self.in_features)  # its values matter to nobody
+        statics = self.input_scale, self.input_zero_point
+        return Call(x, self._weight, self.weight_scale, self.bias, self.mode, *statics, self.activation)

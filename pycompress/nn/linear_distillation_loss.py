@@ -23,7 +23,7 @@ class LinearDistillationLoss(nn.Module):
         student_softcap, teacher_softcap: ``softcap * tanh(logits / softcap)`` of the scaled logits, as Gemma 2 does;
             positive, or None for none.
         chunk_tokens: tokens in a chunk; None has it chosen.
-        backend: ``"auto"``, ``"native"`` or ``"reference"``; a named one runs or raises.
+        backend: ``"auto"``, ``"native"``, ``"cuda"``, ``"triton"`` or ``"reference"``; a named one runs or raises.
 
     It has no parameters and no state: the heads' weights are arguments, so that they may be tied to embeddings.
 
@@ -83,7 +83,7 @@ class LinearDistillationLoss(nn.Module):
             student_hidden: ``(..., H)`` float32, bfloat16 or float16.
             student_weight: ``(V, H)`` of the same dtype, under autocast of any.
             teacher_hidden, teacher_weight: ``(..., H')``, ``(V', H')``; constants.
-            labels: ``(...)`` integers; those of ``ignore_index`` cost nothing.
+            labels: ``(...)`` integers; on the CPU those of ``ignore_index`` cost nothing.
             student_bias, teacher_bias: ``(V,)``, ``(V',)``.
             token_weight: ``(...)``, finite and >= 0.
             num_items: what the mean divides by, instead of the number of tokens that take part.

@@ -3,7 +3,8 @@
 State. A checkpoint holds plain tensors: ``weight_bitmap`` uint8 (N, ceil(K/8)), bit k%8 of byte k//8 set where
 ``weight[n, k]`` is kept; ``weight_values`` (nnz,) float32, bfloat16 or int8, row after row; with int8 ``weight_scale``
 float32 (N,); ``bias``. In memory the module also keeps, in non-persistent buffers, the forms that its choice names:
-``_row_start`` for the bitmap kernels, ``_index``, ``_dense``. They are made anew wherever the module moves, loads, is
+``_row_start`` for the bitmap kernels, ``_index``, ``_dense``, each on the module's device and in the form of whoever
+computes there. They are made anew wherever the module moves, loads, is
 copied or unpickled, and by the next eager call after bitmap or values were replaced or edited in place. A compiled
 module sees such an edit only then, and one that torch does not count (through ``.data`` or ``.numpy()``) never.
 """
@@ -21,19 +22,13 @@ from pycompress import ops
 from pycompress._native import has_values
 from pycompress.cost_model import CostModel, Explanation, choose_for, choose_measured, describe_choice, explain_layer
 from pycompress.nn.float_linear import float_bias, make_float
-from pycompress.nn.sparse_forms import make_forms
+from pycompress.nn.sparse_forms import NATIVE, backends_of, kernel_names, make_forms
 from pycompress.nn.sparse_state import pruned_weight, state_errors
 from pycompress.ops.eager import is_plain_eager
 from pycompress.ops.sparse_linear import check_options, sparse_unpack
 from pycompress.ops.sparse_linear_eager import EagerPlan, Forms
-from pycompress.ops.sparse_linear_reference import BITMAP, DENSE, FORMAT_CODES, INDEX, MOST
-from pycompress.ops.sparse_linear_weight import (
-    bitmap_kernel_name,
-    index_info,
-    runs_here,
-    sparse_mask,
-    validate_sparse,
-)
+from pycompress.ops.sparse_linear_reference import BITMAP, FORMAT_CODES, MOST
+from pycompress.ops.sparse_linear_weight import runs_here, sparse_mask, validate_sparse
 
 _STATE = ("weight_bitmap", "weight_values", "weight_scale")
 _DERIVED = ("_row_start", "_index", "_dense")
@@ -45,12 +40,14 @@ class SparseLinear(nn.Module):
     Args:
         in_features, out_features: K and N.
         bias: whether there is a bias (a float parameter, which may be trained).
-        dtype: of the kept weights: ``"float32"``, ``"bfloat16"`` or ``"int8"`` (one scale an output row; activations
-            quantised per token). Casts of the module leave it as it is.
-        format: what computes: ``"bitmap"`` (fast for a few tokens), ``"index"`` (for more), ``"dense"``, or ``"auto"``:
-            whatever the cost model of this machine expects to be fastest for each number of tokens.
+        dtype: of the kept weights: ``"float32"``, ``"bfloat16"``, ``"float16"`` (made for a GPU; on the CPU the
+            reference computes it, slowly) or ``"int8"`` (one scale an output row; activations quantised per token).
+            Casts of the module leave it as it is.
+        format: what computes: ``"bitmap"`` (fast for a few tokens), ``"index"`` (for more; on a GPU where the mask is
+            of blocks of 16, 32 or 64, or keeps two of every four), ``"dense"``, or ``"auto"``: whatever the cost model
+            of this machine, or of the GPU, expects to be fastest for each number of tokens.
         activation: fused into the kernel: ``"none"``, ``"relu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"silu"``.
-        backend: ``"auto"``, ``"native"`` or ``"reference"``; a named one runs or raises.
+        backend: ``"auto"``, ``"native"``, ``"cuda"``, ``"triton"`` or ``"reference"``; a named one runs or raises.
 
     Input ``(..., K)`` float32, bfloat16 or float16; output ``(..., N)`` of the same dtype. A new module keeps no
     weight, to be filled by ``load_state_dict``, which takes any number of values; :meth:`from_dense` makes one from a
@@ -194,13 +191,14 @@ class SparseLinear(nn.Module):
 
     def _renew_plan(self, x: Tensor, forms: Forms | None, bias: Tensor | None, threads: int) -> EagerPlan | None:
         """The plan for calls like this one, or None where they are the operator's. forms: None if they are stale."""
-        if self._row_start is None:  # no native kernels: the reference was asked for, or another device
+        if self._row_start is None:  # nobody here wants forms: the reference was asked for, or another device
             return None
-        if forms is not None and forms.index is not None and not runs_here(forms.index):
+        if forms is not None and forms.native and forms.index is not None and not runs_here(forms.index):
             forms = None  # PYCOMPRESS_ISA has changed
-        if forms is None or threads not in forms.choices:
+        if forms is None or (forms.native and threads not in forms.choices):
             forms = self._arrange()
-        ready = forms is not None and threads in forms.choices and x.is_cpu and x.layout is torch.strided
+        ready = forms is not None and forms.native and threads in forms.choices
+        ready = ready and x.is_cpu and x.layout is torch.strided
         if not ready or x.dim() == 0 or x.shape[-1] != self.in_features:
             return None
         assert forms is not None
@@ -269,13 +267,19 @@ class SparseLinear(nn.Module):
         state = (bitmap, values, self.weight_scale)
         forms = None
         if has_values(bitmap):
+            if bitmap.is_cuda and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "SparseLinear: its weight has changed, and its forms cannot be made anew while a CUDA graph is "
+                    "captured; call it once before"
+                )
             row_start = validate_sparse(bitmap, values, self.out_features, self.in_features)
-            if bitmap.device.type == "cpu" and self.backend != "reference":
+            backends = backends_of(values, self.backend)
+            if backends:
                 choices = {threads: self._choose(measure)}
                 old = self._forms
-                if old is not None and old.are_of(self._buffers) and len(old.choices) < 8:
+                if backends == NATIVE and old is not None and old.are_of(self._buffers) and len(old.choices) < 8:
                     choices = {**old.choices, **choices}
-                forms = make_forms(state, row_start, choices, self)
+                forms = make_forms(state, row_start, choices, self, backends)
             else:
                 forms = Forms(state)
         self._forms = forms
@@ -368,20 +372,16 @@ class SparseLinear(nn.Module):
             f"dtype={self.dtype}",
             f"sparsity={self.sparsity:.2f}",
         ]
-        native = self._row_start is not None
+        forms = self._forms
+        fast = forms is not None and forms.row_start is not None
         words = self.format
-        if native and self.format == "auto":
+        if fast and self.format == "auto":
             words = f"auto({describe_choice(self._choice)})"
         parts.append(f"format={words}")
         if self.activation != "none":
             parts.append(f"activation={self.activation}")
-        parts.append(f"backend=native:{self._kernels()}" if native else "backend=reference")
+        if forms is None or not fast:
+            parts.append("backend=reference")
+        else:
+            parts.append(f"backend={'native:' if forms.native else ''}{kernel_names(self, forms)}")
         return ", ".join(parts)
-
-    def _kernels(self) -> str:
-        names = {
-            BITMAP: lambda: bitmap_kernel_name(self.weight_values.dtype),
-            INDEX: lambda: index_info(self._index)["kernel"] if self._index is not None else "none",
-            DENSE: lambda: "torch" if self.dtype != "int8" or self._dense is None else ops.kernel_name(self._dense),
-        }
-        return "+".join(names[code]() for code in dict.fromkeys(self._choice[1::2]))

@@ -12,11 +12,15 @@ Run = TypeVar("Run")
 
 @dataclass(frozen=True)
 class Backend(Generic[Call, Run]):
-    """One row of the table. ``missing(call)`` says why the backend cannot take the call, or None."""
+    """One row of the table. ``missing(call)`` says why the backend cannot take the call, or None.
+
+    ``leaves_to(call)`` names a later row that ``"auto"`` takes instead, where that one can take the call; or None.
+    """
 
     name: str
     missing: Callable[[Call], str | None]
     run: Run
+    leaves_to: Callable[[Call], str | None] | None = None
 
 
 class Backends(Generic[Call, Run]):
@@ -41,8 +45,12 @@ class Backends(Generic[Call, Run]):
             if backend in ("auto", row.name):
                 reason = row.missing(call)
                 if reason is None:
-                    return row
+                    return self._left_to(row, call) if backend == "auto" else row
                 if backend != "auto":
                     raise ValueError(f"{self._op}: backend={backend!r} cannot run this: {reason}")
         self.check(backend)
         raise AssertionError("the last row takes every call")
+
+    def _left_to(self, row: Backend[Call, Run], call: Call) -> Backend[Call, Run]:
+        name = row.leaves_to(call) if row.leaves_to is not None else None
+        return next((other for other in self._rows if other.name == name and other.missing(call) is None), row)

@@ -30,9 +30,13 @@ Edges:
   and the gradient finite: that of the finite part. A row with NaN, ``+inf`` or nothing but ``-inf`` gives NaN, and no
   other row does.
 - Label smoothing is spread over the student's classes that are not masked.
+- The kernels of a GPU check no values, which would wait for the device. A label out of its range, or a weight that is
+  negative or not finite, makes that token NaN in loss and gradient; ``num_items`` that is no positive finite number
+  makes all tokens NaN that take part. ``ignore_index`` goes before, and a number that is not on the device is checked.
 
-The contract of the native kernels is ``csrc/distill_loss/distill_loss.h``; ``distill_loss_reference.py`` is the same in
-torch and runs on any device.
+The contract of the native kernels is ``csrc/distill_loss/distill_loss.h``, that of the CUDA kernels ``cuda.h`` beside
+it; the Triton kernels are ``pycompress/kernels/distill_loss*.py``. ``distill_loss_reference.py`` is the same in torch
+and runs on any device; on a GPU it takes top-k teachers, and checks values as on the CPU.
 """
 
 from __future__ import annotations
@@ -54,8 +58,10 @@ from pycompress.ops.distill_loss_call import (
     divides_later,
     with_unit_weights,
 )
+from pycompress.ops.distill_loss_cuda import cuda_distill_loss, cuda_distill_missing
 from pycompress.ops.distill_loss_native import native_distill_loss, native_missing
 from pycompress.ops.distill_loss_reference import reference_distill_loss
+from pycompress.ops.distill_loss_triton import triton_distill_loss, triton_distill_missing
 
 # ---- backend table --------------------------------------------------------------------------------------------
 
@@ -63,6 +69,8 @@ from pycompress.ops.distill_loss_reference import reference_distill_loss
 _TABLE = Backends(
     "distill_loss",
     Backend("native", native_missing, native_distill_loss),
+    Backend("cuda", cuda_distill_missing, cuda_distill_loss),
+    Backend("triton", triton_distill_missing, triton_distill_loss),
     Backend("reference", lambda call: None, reference_distill_loss),
 )
 DISTILL_BACKENDS, pick, check_backend = _TABLE.names, _TABLE.pick, _TABLE.check
@@ -189,7 +197,7 @@ def distill_loss(
             (gradient accumulation, data parallelism) add up to its loss.
         teacher_grad: whether the gradient reaches ``teacher_logits`` too.
         return_parts: return :class:`DistillLossParts`, for logging.
-        backend: ``"auto"``, ``"native"`` or ``"reference"``; a named one runs or raises.
+        backend: ``"auto"``, ``"native"``, ``"cuda"``, ``"triton"`` or ``"reference"``; a named one runs or raises.
 
     Returns:
         The loss in float32 (float64 for float64 logits). Forward and gradient are computed in one pass when the
@@ -198,6 +206,7 @@ def distill_loss(
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit, a label or top-k index out of range, a top-k
             index that is repeated, a weight that is negative or not finite, ``num_items`` of 0 with valid tokens.
+            Values on a GPU are not checked; see above.
         RuntimeError: in the backward, if it is to be differentiated in its turn (``create_graph=True``).
     """
     indices = logsumexp = None
@@ -211,7 +220,7 @@ def distill_loss(
     if token_weight is not None and token_weight.requires_grad:
         token_weight = token_weight.detach()
     if num_items is not None and not isinstance(num_items, Tensor):
-        num_items = torch.tensor(num_items, dtype=torch.float64, device=student_logits.device)
+        num_items = torch.tensor(num_items, dtype=torch.float64)  # on the CPU, where reading it waits for no device
     call = Call(
         student_logits,
         teacher,

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from pycompress.ops.distill_loss_call import Call, Outputs
+from pycompress.ops.distill_loss_cuda import cuda_scale_in_place, cuda_scale_missing
+from pycompress.ops.distill_loss_triton import triton_scale_in_place, triton_scale_missing
 from pycompress.ops.eager import CAN_ASK, nothing_watches
 
 _PLAIN = frozenset((Tensor, type(None)))
@@ -24,7 +26,7 @@ def is_plain_eager(call: Call) -> bool:
         CAN_ASK
         and type(call.student) is Tensor
         and type(call.teacher) is Tensor
-        and call.student.is_cpu
+        and (call.student.is_cpu or call.student.is_cuda)
         and _PLAIN.issuperset(map(type, call[2:7]))
         and nothing_watches()
     )
@@ -59,7 +61,7 @@ class _EagerLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_order()
         grad_student, grad_teacher, grad_scale = ctx.saved_tensors
-        scaled = _scale_in_place if may_scale_in_place(grad_loss) else scale_anew
+        scaled = scale_in_place if may_scale_in_place(grad_loss) else scale_anew
         factor = grad_loss if grad_scale is None else grad_loss * grad_scale
         return (
             None if grad_student is None else scaled(grad_student, factor),
@@ -94,11 +96,18 @@ def may_scale_in_place(grad_loss: Tensor) -> bool:
 
 def scale_anew(grad: Tensor, factor: Tensor) -> Tensor:
     """``factor * grad`` in grad's dtype; factor: 0-dim, or one a token."""
-    return (grad * (factor[..., None] if factor.dim() else factor)).to(grad.dtype)
+    if factor.dim() or not grad.is_cpu:  # without a dimension a GPU would round it to grad's dtype, or overflow
+        factor = factor[..., None]
+    return (grad * factor).to(grad.dtype)
 
 
-def _scale_in_place(grad: Tensor, factor: Tensor) -> Tensor:
-    """The same in grad's memory: no second tensor of its size. A factor of 1 costs nothing."""
+def scale_in_place(grad: Tensor, factor: Tensor) -> Tensor:
+    """The same in grad's memory: no second tensor of its size. A factor of 1 costs nothing, on a GPU hardly anything.
+
+    grad is contiguous. On the CPU the factor is looked at; on a GPU nothing waits for it.
+    """
+    if not grad.is_cpu:
+        return _scale_on_device(grad, factor)
     if factor.dim() == 0:
         number = float(factor)
         # A number and not a tensor: beside a float16 tensor that would be rounded to float16, or overflow.
@@ -112,3 +121,11 @@ def _scale_in_place(grad: Tensor, factor: Tensor) -> Tensor:
     for rows, factors in zip(grad.view(-1, v).split(step), factor.reshape(-1, 1).split(step), strict=True):
         rows.mul_(factors)
     return grad
+
+
+def _scale_on_device(grad: Tensor, factor: Tensor) -> Tensor:
+    if cuda_scale_missing(grad) is None:
+        return cuda_scale_in_place(grad, factor)
+    if triton_scale_missing(grad) is None:
+        return triton_scale_in_place(grad, factor)
+    return grad.mul_(factor[..., None])  # of one dimension at least, so that the product is taken in the wider dtype

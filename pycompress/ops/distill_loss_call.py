@@ -10,6 +10,11 @@ from torch import Tensor
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 REDUCTIONS = ("mean", "sum", "none")
+# The enums of csrc/distill_loss/distill_loss.h.
+DIVERGENCE_CODES = {name: code for code, name in enumerate(DIVERGENCES)}
+REDUCTION_CODES = {name: code for code, name in enumerate(REDUCTIONS)}
+# The teacher's gradient is the student's of the problem with the roles swapped; jsd takes 1 - beta with it.
+MIRRORED = {"forward_kl": "reverse_kl", "reverse_kl": "forward_kl", "jsd": "jsd"}
 _LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -94,6 +99,16 @@ def accumulator(call: Call) -> torch.dtype:
     return wide if call.student.dtype is wide or call.teacher.dtype is wide else torch.float32
 
 
+def kernels_missing(call: Call, kernels: str) -> str | None:
+    """Why no kernels of a GPU, ``"CUDA"`` or ``"Triton"``, take such logits, wherever they are; or None."""
+    for name, logits in (("student_logits", call.student), ("teacher_logits", call.teacher)):
+        if logits.dtype is torch.float64:
+            return f"{name} are {logits.dtype}, the {kernels} kernels take float32, bfloat16 and float16"
+    if call.topk_indices is not None and call.alpha < 1:
+        return f"the teacher is TopKLogits, the {kernels} kernels take whole logits; backend='reference' takes both"
+    return None
+
+
 def divides_later(call: Call) -> bool:
     """Whether the mean's division is left to ``grad_scale``: a gradient in float16 would underflow."""
     half = torch.float16
@@ -105,18 +120,42 @@ def divides_later(call: Call) -> bool:
 def with_unit_weights(call: Call) -> Call:
     """The same problem with a largest weight of 1/2 to 1: a float16 gradient neither underflows nor overflows by them.
 
-    Divided by a power of 2, so that the parts of a batch round as the whole batch does. Weights that are not finite and
-    positive are left for the check of values.
+    Divided by a power of 2, so that the parts of a batch round as the whole batch does. On the CPU, weights that are
+    not finite and positive are left for the check of values; elsewhere nothing waits for the device, and they stay as
+    bad as they are.
     """
     assert call.token_weight is not None
     weight = call.token_weight.to(torch.float64)
     counted = weight if call.labels is None else weight.where(call.labels != call.ignore_index, 0.0)
+    if not weight.is_cpu:
+        return _with_unit_weights_on_device(call, weight, counted)
     largest = float(counted.max()) if counted.numel() else 0.0
     if not 0 < largest < math.inf or bool((weight < 0).any()):
         return call
     unit = 2.0 ** math.frexp(largest)[1]
     num_items = None if call.num_items is None else call.num_items.to(torch.float64) / unit
     return call._replace(token_weight=weight / unit, num_items=num_items)
+
+
+def _with_unit_weights_on_device(call: Call, weight: Tensor, counted: Tensor) -> Call:
+    if counted.numel() == 0:
+        return call
+    largest = counted.where((counted > 0) & (counted < math.inf), 0.0).max()
+    mantissa, _ = torch.frexp(largest)
+    unit = torch.where(largest > 0, largest / mantissa, 1.0)
+    num_items = call.num_items
+    if num_items is not None:
+        if num_items.is_cpu:
+            num_items_of(num_items)  # a number can be checked
+        num_items = num_items.to(torch.float64).reshape(()) / unit
+    return call._replace(token_weight=weight / unit, num_items=num_items)
+
+
+def in_order(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """One value a token, as a kernel reads it: of that dtype, contiguous; copied only where it is not."""
+    if tensor is None or (tensor.dtype == dtype and tensor.is_contiguous() and not tensor.is_neg()):
+        return tensor
+    return tensor.to(dtype).resolve_neg().contiguous()
 
 
 def num_items_of(num_items: Tensor) -> float:

@@ -7,14 +7,19 @@ from torch import Tensor
 
 from pycompress import _C
 from pycompress._native import DTYPE_CODES, empty
-from pycompress.ops.distill_loss_call import DIVERGENCES, REDUCTIONS, Call, Outputs, divides_later, num_items_of
+from pycompress.ops.distill_loss_call import (
+    DIVERGENCE_CODES,
+    MIRRORED,
+    REDUCTION_CODES,
+    Call,
+    Outputs,
+    divides_later,
+    in_order,
+    num_items_of,
+)
 from pycompress.ops.rows import row_layout
 
-_DIVERGENCE_CODES = {name: code for code, name in enumerate(DIVERGENCES)}
-_REDUCTION_CODES = {name: code for code, name in enumerate(REDUCTIONS)}
 _COUNT = -1.0  # num_items for the kernel: the valid tokens are counted
-# The teacher's gradient is the student's of the problem with the roles swapped; jsd takes 1 - beta with it.
-_MIRRORED = {"forward_kl": "reverse_kl", "reverse_kl": "forward_kl", "jsd": "jsd"}
 
 
 def distill_kernel_name() -> str:
@@ -70,10 +75,10 @@ def run_kernel(
     """
     student, student_rows = row_layout(call.student.resolve_neg())
     teacher, teacher_rows = row_layout(call.teacher.resolve_neg())
-    labels = _in_order(call.labels, torch.int64)
-    weight = _in_order(call.token_weight, torch.float32)
-    indices = _in_order(call.topk_indices, torch.int64)
-    lse = _in_order(call.topk_logsumexp, torch.float32)
+    labels = in_order(call.labels, torch.int64)
+    weight = in_order(call.token_weight, torch.float32)
+    indices = in_order(call.topk_indices, torch.int64)
+    lse = in_order(call.topk_logsumexp, torch.float32)
     return _C.distill_loss(
         student=(student.data_ptr(), DTYPE_CODES[student.dtype], *student_rows),
         teacher=(teacher.data_ptr(), DTYPE_CODES[teacher.dtype], *teacher_rows),
@@ -81,8 +86,8 @@ def run_kernel(
         topk_logsumexp=0 if lse is None else lse.data_ptr(),
         labels=0 if labels is None else labels.data_ptr(),
         token_weight=0 if weight is None else weight.data_ptr(),
-        divergence=_DIVERGENCE_CODES[call.divergence],
-        reduction=_REDUCTION_CODES[call.reduction],
+        divergence=DIVERGENCE_CODES[call.divergence],
+        reduction=REDUCTION_CODES[call.reduction],
         temperature=call.temperature,
         alpha=call.alpha,
         beta=call.beta,
@@ -96,12 +101,6 @@ def run_kernel(
         normalize_grad=normalize,
         threads=torch.get_num_threads(),
     )
-
-
-def _in_order(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    if tensor is None or (tensor.dtype == dtype and tensor.is_contiguous() and not tensor.is_neg()):
-        return tensor
-    return tensor.to(dtype).resolve_neg().contiguous()
 
 
 def _teacher_grad(call: Call, items: float, normalize: bool) -> Tensor:
@@ -121,7 +120,7 @@ def _teacher_grad(call: Call, items: float, normalize: bool) -> Tensor:
         labels=None,
         token_weight=weight * (1 - call.alpha),
         alpha=0.0,
-        divergence=_MIRRORED[call.divergence],
+        divergence=MIRRORED[call.divergence],
         beta=1 - call.beta,
         label_smoothing=0.0,
     )

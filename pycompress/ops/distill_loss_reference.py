@@ -13,10 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pycompress.ops.distill_loss_call import Call, Outputs, accumulator, divides_later
+from pycompress.ops.distill_loss_call import MIRRORED, Call, Outputs, accumulator, divides_later
 from pycompress.ops.distill_loss_values import items, tokens
 
-_MIRRORED = {"forward_kl": "reverse_kl", "reverse_kl": "forward_kl", "jsd": "jsd"}
 # exp of less, relative to the row's largest logit, is no normal float32: the class has no mass, as if it were masked.
 # One rule for every dtype and instruction set, for it decides what is infinite.
 _LEAST = -126 * math.log(2)
@@ -172,7 +171,7 @@ def reference_distill_loss(call: Call) -> Outputs:
     if call.teacher_grad:
         grad_teacher = torch.zeros_like(call.teacher)
         if call.alpha < 1:
-            mirrored = _MIRRORED[call.divergence], 1 - call.beta
+            mirrored = MIRRORED[call.divergence], 1 - call.beta
             grad_teacher = (1 - call.alpha) * soft_term(teacher, student, call.temperature, *mirrored)[1]
             grad_teacher = finished(grad_teacher, call.teacher)
     grad_scale = scale.to(torch.float32) if later else None

@@ -10,8 +10,20 @@ static         per tensor, calibrated: ``qx = clamp(round(x * (1 / input_scale))
 weight_only    stay float, accumulated in fp32
 =============  ====================================================================================================
 
-Weights are symmetric int8 with one scale an output row. The contract of the native kernels, edge cases included,
-is ``csrc/int8_matmul/int8_matmul.h``; ``int8_matmul_reference.py`` is the same in torch and runs on any device.
+Weights are symmetric int8 with one scale an output row. The contract of the kernels, edge cases included, is
+``csrc/int8_matmul/int8_matmul.h``; ``int8_matmul_reference.py`` is the same in torch and runs on any device.
+
+=============  ====================================================================================================
+backend        runs
+=============  ====================================================================================================
+native         on the CPU
+cuda           on NVIDIA GPUs, where pycompress was built with CUDA; weight_only mode for a few tokens
+triton         on NVIDIA GPUs, where Triton is installed
+reference      anywhere, slowly
+=============  ====================================================================================================
+
+On a GPU the kernels read input_scale and input_zero_point where they are, unchecked, and take the plain weight: a
+packed one goes to the reference, which unpacks it at every call.
 """
 
 from __future__ import annotations
@@ -19,9 +31,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pycompress import _C
+from pycompress import _C, gpu
 from pycompress._native import DTYPE_CODES
 from pycompress.ops.backend import Backend, Backends
+from pycompress.ops.int8_matmul_cuda import cuda_int8_linear, cuda_int8_missing
 from pycompress.ops.int8_matmul_reference import Call, reference_int8_linear
 from pycompress.ops.int8_matmul_weight import aligned, pack_weight, unpack_weight
 from pycompress.ops.linear_common import (
@@ -79,9 +92,32 @@ def _native_missing(call: Call) -> str | None:
     return None if call.x.device.type == "cpu" else f"x is on {call.x.device}, the native kernels run on the CPU"
 
 
+def _many_tokens_on_hopper(call: Call) -> str | None:
+    # From compute capability 9.0 on Triton multiplies with the instructions of a warp group (wgmma, tcgen05); mma.sync,
+    # which the CUDA kernel has, reaches a part of their rate. They take 64 rows at a time: up to there, and wherever
+    # the weight's bytes are the limit, nothing is gained. From the documented rates; not measured.
+    many = call.x.shape[:-1].numel() > 64
+    return "triton" if many and gpu.capability(call.x) >= 90 else None
+
+
+def _triton_missing(call: Call) -> str | None:
+    reason = gpu.triton_missing(call.x)
+    if reason is None and call.weight.dtype != torch.int8:
+        return "the weight is packed for the CPU; unpack_weight gives the plain int8 (N, K) that a GPU reads"
+    return reason
+
+
+def _triton_int8_linear(call: Call) -> Tensor:
+    from pycompress.kernels.int8_matmul import int8_linear as run  # imports triton
+
+    return run(call)
+
+
 _TABLE = Backends(
     "int8_linear",
     Backend("native", _native_missing, native_int8_linear),
+    Backend("cuda", cuda_int8_missing, cuda_int8_linear, leaves_to=_many_tokens_on_hopper),
+    Backend("triton", _triton_missing, _triton_int8_linear),
     Backend("reference", lambda call: None, reference_int8_linear),
 )
 BACKENDS, pick = _TABLE.names, _TABLE.pick
@@ -257,7 +293,8 @@ def int8_linear(
         input_scale, input_zero_point: static mode only: one float32, one int32 in 0..255.
         activation: ``"none"``, ``"relu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"silu"``, applied before rounding to
             x's dtype.
-        backend: ``"auto"``, ``"native"`` or ``"reference"``; a named one runs or raises.
+        backend: ``"auto"`` (the first that can take the call), ``"native"``, ``"cuda"``, ``"triton"`` or
+            ``"reference"``; a named one runs or raises.
 
     Returns:
         ``(..., N)``. In dynamic and static mode a row of x that holds NaN or Inf gives a row of NaN.

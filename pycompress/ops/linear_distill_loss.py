@@ -9,7 +9,7 @@ For each token, with ``distill_loss`` as in ``distill_loss.py``::
 The tokens are taken in chunks: the logits of a chunk lie in a buffer that is used again. Where a gradient is wanted it
 is computed in the forward pass, so that neither logits nor their gradient are kept, as in the chunked losses of
 Liger-Kernel. ``linear_distill_loss_chunks.py`` is that loop. The backends differ in what makes the losses of a chunk:
-the native kernel, which writes the gradient over the logits, or the reference in torch.
+the native kernel and those of a GPU, which write the gradient over the logits, or the reference in torch.
 
 Edges are those of ``distill_loss``. Of a teacher with more classes than the student, only the student's are computed.
 The gradient of the weight is summed in float32 whatever the dtype of the weight (float64 for float64).
@@ -17,31 +17,48 @@ The gradient of the weight is summed in float32 whatever the dtype of the weight
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pycompress import gpu
 from pycompress._native import DTYPE_CODES
 from pycompress.ops import distill_loss_call
 from pycompress.ops.backend import Backend, Backends
 from pycompress.ops.distill_loss import DistillLossParts, check_backend
-from pycompress.ops.distill_loss_autograd import may_scale_in_place, refuse_second_order
+from pycompress.ops.distill_loss_autograd import may_scale_in_place, refuse_second_order, scale_anew, scale_in_place
+from pycompress.ops.distill_loss_cuda import cuda_row_loss
 from pycompress.ops.distill_loss_native import run_kernel
 from pycompress.ops.distill_loss_reference import reference_distill_loss
+from pycompress.ops.distill_loss_triton import triton_row_loss
 from pycompress.ops.linear_distill_loss_call import Call, Head, Options, Outputs, check, gradient_dtype
 from pycompress.ops.linear_distill_loss_chunks import Chunk, accumulator, compute_dtype, run_chunks
 
 # ---- backend table --------------------------------------------------------------------------------------------
 
 
-def _native_missing(call: Call) -> str | None:
+def _dtype_missing(call: Call, kernels: str) -> str | None:
     for who, head in (("student", call.student), ("teacher", call.teacher)):
-        if head.hidden.device.type != "cpu":
-            return f"{who}_hidden is on {head.hidden.device}, the native kernels run on the CPU"
         if compute_dtype(head, call.matmul_dtype) not in DTYPE_CODES:
-            return f"{who}_hidden is {head.hidden.dtype}, the native kernels take float32, bfloat16 and float16"
+            return f"{who}_hidden is {head.hidden.dtype}, the {kernels} kernels take float32, bfloat16 and float16"
     return None
+
+
+def _native_missing(call: Call) -> str | None:
+    device = call.student.hidden.device
+    if device.type != "cpu":
+        return f"student_hidden is on {device}, the native kernels run on the CPU"
+    return _dtype_missing(call, "native")
+
+
+def _cuda_missing(call: Call) -> str | None:
+    return gpu.cuda_missing(call.student.hidden, "student_hidden") or _dtype_missing(call, "CUDA")
+
+
+def _triton_missing(call: Call) -> str | None:
+    return gpu.triton_missing(call.student.hidden, "student_hidden") or _dtype_missing(call, "Triton")
 
 
 def _logits_call(options: Options, chunk: Chunk) -> distill_loss_call.Call:
@@ -56,6 +73,14 @@ def _native_row_loss(options: Options, chunk: Chunk) -> None:
     run_kernel(_logits_call(options, chunk), loss, hard, soft, chunk.grad, num_items=-1.0, normalize=True)
 
 
+def _cuda_row_loss(options: Options, chunk: Chunk) -> None:
+    cuda_row_loss(_logits_call(options, chunk), chunk.values, chunk.grad)
+
+
+def _triton_row_loss(options: Options, chunk: Chunk) -> None:
+    triton_row_loss(_logits_call(options, chunk), chunk.values, chunk.grad)
+
+
 def _reference_row_loss(options: Options, chunk: Chunk) -> None:
     out = reference_distill_loss(_logits_call(options, chunk))
     torch.stack([out.loss, out.hard, out.soft], out=chunk.values)
@@ -67,8 +92,10 @@ def _reference_row_loss(options: Options, chunk: Chunk) -> None:
 # A backend turns the logits of one chunk into losses and gradients; run_chunks has the loop.
 _TABLE = Backends(
     "linear_distill_loss",
-    Backend("native", _native_missing, _native_row_loss),
-    Backend("reference", lambda call: None, _reference_row_loss),
+    Backend("native", _native_missing, partial(run_chunks, row_loss=_native_row_loss)),
+    Backend("cuda", _cuda_missing, partial(run_chunks, row_loss=_cuda_row_loss, on_gpu=True)),
+    Backend("triton", _triton_missing, partial(run_chunks, row_loss=_triton_row_loss, on_gpu=True)),
+    Backend("reference", lambda call: None, partial(run_chunks, row_loss=_reference_row_loss)),
 )
 
 
@@ -115,7 +142,7 @@ def _call(*args: Any) -> tuple[Call, str]:
 
 def _run(*args: Any) -> Outputs:
     call, backend = _call(*args)
-    return run_chunks(call, _TABLE.pick(backend, call).run)
+    return _TABLE.pick(backend, call).run(call)
 
 
 def _fake(*args: Any) -> Outputs:
@@ -165,15 +192,13 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Te
     grads: list[Tensor | None] = [None, None, None]
     if grad_loss is not None:
         wanted = ctx.needs_input_grad[:3]
-        in_place = False
+        made: list[Any]
         if ctx.rest is None:
-            found, factor = ctx.saved_tensors, grad_loss
-            in_place = may_scale_in_place(grad_loss)
+            found, scaled = ctx.saved_tensors, scale_in_place if may_scale_in_place(grad_loss) else scale_anew
+            made = [scaled(found[i], grad_loss) if wanted[i] else None for i in range(3)]
         else:
-            found, factor = _gradients_by_token(ctx, wanted, grad_loss), grad_loss.new_ones(())
-        for i in range(3):
-            if wanted[i]:
-                grads[i] = _scaled(found[i], factor, ctx.dtypes[i], in_place)
+            made = list(_gradients_by_token(ctx, wanted, grad_loss))
+        grads = [made[i].to(ctx.dtypes[i]) if wanted[i] else None for i in range(3)]
     return (*grads, *[None] * 24)
 
 
@@ -185,14 +210,6 @@ def _gradients_by_token(ctx: Any, wanted: tuple[bool, ...], grad_loss: Tensor) -
         return torch.ops.pycompress.linear_distill_loss.default(
             *tensors, grad_loss.reshape(-1), *options, *after, *wanted, matmul_dtype, backend
         )[3:]
-
-
-def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool) -> Tensor:
-    """``factor * grad``. In place: no second tensor of the weight's size, and a factor of 1 costs nothing."""
-    if not in_place:
-        return (grad * factor).to(dtype)
-    number = float(factor)
-    return (grad if number == 1 else grad.mul_(number)).to(dtype)
 
 
 _LIB.impl("linear_distill_loss", _run, "CompositeExplicitAutograd")
@@ -239,14 +256,15 @@ def linear_distill_loss(
         teacher_hidden, teacher_weight: ``(..., H')`` of the same leading dimensions, ``(V', H')``. Constants, of a
             dtype of their own.
         labels: ``(...)`` integers, as in :func:`distill_loss`. Tokens with ``ignore_index`` are left out before the
-            products, so they cost nothing.
+            products, so they cost nothing; on a GPU, where that would wait for the device, they cost as others do.
         student_bias, teacher_bias: ``(V,)``, ``(V',)`` of the weight's dtype.
         temperature, alpha, divergence, beta, ignore_index, label_smoothing, reduction, token_weight, num_items,
             return_parts: as in :func:`distill_loss`.
         student_logit_scale, teacher_logit_scale: what the logits are multiplied by; positive.
         student_softcap, teacher_softcap: ``softcap * tanh(logits / softcap)`` of the scaled logits; positive, or None.
-        chunk_tokens: tokens in a chunk. None: enough for fast products, about 24 MB of logits or 96 tokens.
-        backend: ``"auto"``, ``"native"`` or ``"reference"``; a named one runs or raises.
+        chunk_tokens: tokens in a chunk. None: enough for fast products, about 24 MB of logits or 96 tokens (on a GPU
+            256 MB or 1024).
+        backend: ``"auto"``, ``"native"``, ``"cuda"``, ``"triton"`` or ``"reference"``; a named one runs or raises.
 
     Returns:
         The loss in float32 (float64 for float64 hidden states). Gradients reach ``student_hidden``,
@@ -256,12 +274,13 @@ def linear_distill_loss(
 
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit, a label out of range, a weight that is
-            negative or not finite, ``num_items`` of 0 with valid tokens.
+            negative or not finite, ``num_items`` of 0 with valid tokens. On a GPU such values make NaN instead, as in
+            :func:`distill_loss`.
         RuntimeError: in the backward, if it is to be differentiated in its turn (``create_graph=True``).
     """
     now = torch.is_grad_enabled() and reduction != "none"
     if num_items is not None and not isinstance(num_items, Tensor):
-        num_items = torch.tensor(num_items, dtype=torch.float64, device=student_hidden.device)
+        num_items = torch.tensor(num_items, dtype=torch.float64)  # on the CPU, where reading it waits for no device
     loss, hard, soft, _, _, _ = torch.ops.pycompress.linear_distill_loss.default(
         student_hidden,
         student_weight,

@@ -4,10 +4,15 @@ What is allocated besides the gradients is the logits of one chunk, the student'
 student's logits takes their place; from there it goes at once to the hidden states, the weight and the bias. Tokens
 that do not count (ignored, or of weight 0) are left out before the first product: they cost nothing, and what they
 hold is never seen.
+
+On a GPU nothing waits for the device, which leaving tokens out would: there the tokens that do not count are computed
+with the others, with a weight of 0 and hidden states of 0 in what is summed over tokens. Labels, weights and num_items
+are not checked there but make NaN of tokens, as in ``pycompress/kernels/distill_loss.py``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pycompress import _native
-from pycompress.ops import distill_loss_values
+from pycompress.ops import distill_loss_call, distill_loss_values
 from pycompress.ops.linear_distill_loss_call import Call, Head, Options, Outputs, gradient_dtype, logits_call
 
 # A chunk has so many bytes of logits, student's and teacher's together, but not fewer tokens than the second number.
@@ -23,6 +28,9 @@ from pycompress.ops.linear_distill_loss_call import Call, Head, Options, Outputs
 # 617 and 622 ms in chunks of 64, 96, 128, 192 and 1024. A chunk of 96 is 23.4 MB, half of the weight's gradient.
 _CHUNK_BYTES = 24 * 10**6
 _CHUNK_TOKENS = 96
+# The same on a GPU, not measured: 1024 rows of logits fill each of its products and its processors several times.
+_GPU_CHUNK_BYTES = 256 * 10**6
+_GPU_CHUNK_TOKENS = 1024
 # Weights that are multiplied at a time, in bytes of float32. They stay in the cache between packing and product: a
 # step of 1024 tokens takes 625 ms with blocks of 4096 classes, 661 without blocks. 1024 classes are as fast (632), but
 # are 4 times as many parallel regions, whose threads wait for each other where other processes want the same cores.
@@ -132,15 +140,24 @@ class _Gradients:
             self.hidden[at] = (self._by_rows(head, grad) * factor[:, None]).to(self.hidden.dtype)
         if self.weight is None and self.bias is None:
             return
+        if _sums_wide(grad, self.dtype):
+            self._add_wide(grad, (rows.to(self.dtype) * factor[:, None]).to(grad.dtype), factor.to(grad.dtype), beta)
+            return
         rows, factor = rows.to(self.dtype) * factor[:, None], factor.to(self.dtype)
         for block in head.blocks() if grad.dtype != self.dtype else [slice(0, head.classes)]:
-            # In the accumulator's dtype before the product: torch has no product of bfloat16 that gives float32, and
-            # rounding each chunk's product costs 2.5 times the error.
+            # In the accumulator's dtype before the product: on the CPU torch has no product of bfloat16 that gives
+            # float32, and rounding each chunk's product costs 2.5 times the error.
             part = grad[:, block].to(self.dtype).t()
             if self.weight is not None:
                 self.weight[block].addmm_(part, rows, beta=beta)
             if self.bias is not None:
                 self.bias[block].addmv_(part, factor, beta=beta)
+
+    def _add_wide(self, grad: Tensor, rows: Tensor, factor: Tensor, beta: int) -> None:
+        """The same by products of bfloat16 that are summed in float32; rows: multiplied by their factors."""
+        for to, by in ((self.weight, rows), (None if self.bias is None else self.bias[:, None], factor[:, None])):
+            if to is not None:
+                torch.ops.aten.addmm.dtype_out(to, grad.t(), by, self.dtype, beta=beta, out=to)
 
     def _by_rows(self, head: _Classifier, grad: Tensor) -> Tensor:
         """grad @ weight, (n, H)."""
@@ -170,6 +187,15 @@ class _Gradients:
         return grads[0], grads[1], grads[2]
 
 
+def _sums_wide(grad: Tensor, dtype: torch.dtype) -> bool:
+    """Whether torch multiplies grad by another of its dtype into sums of ``dtype``: bfloat16 on a GPU. Not float16,
+    whose range the divided hidden states may leave."""
+    return grad.is_cuda and grad.dtype is torch.bfloat16 and dtype is torch.float32 and _HAS_WIDE_PRODUCT
+
+
+_HAS_WIDE_PRODUCT = hasattr(torch.ops.aten.addmm, "dtype_out")
+
+
 def _empty(like: Tensor, dtype: torch.dtype) -> Tensor:
     if like.device.type == "cpu" and dtype in _native.DTYPE_CODES:
         return _native.empty(like.shape, dtype)
@@ -177,12 +203,16 @@ def _empty(like: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _Tokens(NamedTuple):
-    """The tokens that count. at: which they are, None for all; weight, labels: theirs; items: the mean's divisor."""
+    """The tokens that are computed. at: which they are, None for all; weight, labels: theirs; items: the divisor.
+
+    valid: on a GPU, which of them count; None for all. Of the others the weight is 0 and the label ``ignore_index``.
+    """
 
     at: Tensor | None
     weight: Tensor
-    labels: Tensor
+    labels: Tensor | None
     items: Tensor
+    valid: Tensor | None = None
 
 
 def _tokens(call: Call, dtype: torch.dtype) -> _Tokens:
@@ -195,21 +225,61 @@ def _tokens(call: Call, dtype: torch.dtype) -> _Tokens:
     return _Tokens(index, weight[index].to(dtype), labels[index], items)
 
 
-def run_chunks(call: Call, row_loss: RowLoss) -> Outputs:
-    """Losses and gradients of a checked call.
+def _tokens_on_gpu(call: Call, dtype: torch.dtype) -> _Tokens:
+    """All tokens, without waiting for the device. The weights have the mean's division in them: items is 1."""
+    hidden, ignored = call.student.hidden, call.options.ignore_index
+    count, labels, valid = hidden.shape[:-1].numel(), call.labels, None
+    weight = torch.ones(count, dtype=dtype, device=hidden.device)
+    if labels is not None:
+        labels = labels.reshape(count)
+        valid = labels != ignored
+    if call.token_weight is not None:
+        weight = call.token_weight.reshape(count).to(dtype)
+        valid = weight != 0 if valid is None else valid & (weight != 0)
+        # Without labels, as a mask: some class that is not ignore_index (of a single class nothing is to be learned).
+        some = torch.full_like(weight, min(int(ignored == 0), call.student.weight.shape[0] - 1), dtype=torch.int64)
+        labels = torch.where(valid, some if labels is None else labels.to(torch.int64), ignored)
+    good = (weight > 0) & (weight < math.inf)
+    inverse = _inverse_items(call, weight if valid is None else weight.where(valid & good, 0.0))
+    weight = weight.where(good, math.nan) * inverse
+    if valid is not None:
+        weight = weight.where(valid, 0.0)
+    return _Tokens(None, weight, labels, weight.new_ones(()), valid)
+
+
+def _inverse_items(call: Call, counted: Tensor) -> float | Tensor:
+    """1 / what the mean divides by, NaN where that is not finite and positive. counted: weights of the tokens that do
+    count, 0 for the others."""
+    if call.options.reduction != "mean":
+        return 1.0
+    if call.num_items is not None and call.num_items.device.type == "cpu":
+        number = distill_loss_call.num_items_of(call.num_items)
+        return 1 / number if number > 0 else math.nan
+    items = counted.sum() if call.num_items is None else call.num_items.reshape(()).to(counted.dtype)
+    return torch.where((items > 0) & (items < math.inf), 1 / items, math.nan)
+
+
+def run_chunks(call: Call, row_loss: RowLoss, *, on_gpu: bool = False) -> Outputs:
+    """Losses and gradients of a checked call. on_gpu: nothing waits for the device.
 
     Raises:
-        ValueError: a label, token_weight or num_items that is out of its range, before any work.
+        ValueError: a label, token_weight or num_items that is out of its range, before any work; on a GPU only a
+            num_items that is on the CPU.
     """
     dtype = accumulator(call)
-    tokens = _tokens(call, dtype)
+    tokens = (_tokens_on_gpu if on_gpu else _tokens)(call, dtype)
     gradients = _Gradients(call, dtype)
-    values = _loop(call, row_loss, tokens, gradients)  # its buffers are gone when the gradients get their final dtype
+    smallest = (_GPU_CHUNK_TOKENS, _GPU_CHUNK_BYTES) if on_gpu else (_CHUNK_TOKENS, _CHUNK_BYTES)
+    # The loop's buffers are gone when the gradients get their final dtype.
+    values = _loop(call, row_loss, tokens, gradients, *smallest)
     return Outputs(*_reduced(call, values * tokens.weight, tokens), *gradients.finished(call))
 
 
-def _loop(call: Call, row_loss: RowLoss, tokens: _Tokens, gradients: _Gradients) -> Tensor:
-    """(3, tokens that count): loss, hard and soft of each. The gradients are added up."""
+def _loop(
+    call: Call, row_loss: RowLoss, tokens: _Tokens, gradients: _Gradients, chunk_tokens: int, chunk_bytes: int
+) -> Tensor:
+    """(3, tokens that are computed): loss, hard and soft of each. The gradients are added up. A chunk that the call
+    leaves open has so many bytes, but not fewer tokens than that."""
     options, classes, cap = call.options, call.student.weight.shape[0], call.student.softcap
     student = _Classifier(call.student, classes, call.matmul_dtype)
     teacher = None
@@ -218,7 +288,9 @@ def _loop(call: Call, row_loss: RowLoss, tokens: _Tokens, gradients: _Gradients)
     wanted = call.hidden_grad or call.weight_grad or call.bias_grad
     apart = wanted and cap is not None  # the cap's derivative needs the logits beside the gradient
     count = len(tokens.weight)
-    length = min(count, call.chunk_tokens or _chunk_length(student, teacher, apart))
+    length = min(
+        count, call.chunk_tokens or max(chunk_tokens, chunk_bytes // _row_bytes(student, teacher, apart) // 16 * 16)
+    )
     student.reserve(length)
     if teacher is not None:
         teacher.reserve(length)
@@ -234,22 +306,25 @@ def _loop(call: Call, row_loss: RowLoss, tokens: _Tokens, gradients: _Gradients)
         rows = student.rows[at]
         s = student.logits(rows)
         t = s if teacher is None else teacher.logits(teacher.rows[at])
-        labels = tokens.labels[here] if options.alpha > 0 else None
+        # Labels that are a mask alone are of no use where the tokens that do not count have been left out.
+        labels = tokens.labels if options.alpha > 0 or tokens.valid is not None else None
+        labels = None if labels is None else labels[here]
         found, grad = values.new_empty(3, len(rows)), gradient[: len(rows)] if wanted else None
         row_loss(options, Chunk(s, t, labels, found, grad))
         values[:, here] = found
         if grad is not None:
             if cap is not None:
                 _uncap(grad, s, cap, student.blocks())
+            if tokens.valid is not None:
+                rows = rows.masked_fill(~tokens.valid[here, None], 0)  # may be NaN, which 0 times would keep
             gradients.add(student, grad, rows, at, factor[here])
     return values
 
 
-def _chunk_length(student: _Classifier, teacher: _Classifier | None, apart: bool) -> int:
+def _row_bytes(student: _Classifier, teacher: _Classifier | None, apart: bool) -> int:
+    """Of a token's logits."""
     row = student.classes * student.dtype.itemsize * (2 if apart else 1)
-    if teacher is not None:
-        row += teacher.classes * teacher.dtype.itemsize
-    return max(_CHUNK_TOKENS, _CHUNK_BYTES // row // 16 * 16)
+    return row if teacher is None else row + teacher.classes * teacher.dtype.itemsize
 
 
 def _uncap(grad: Tensor, logits: Tensor, cap: float, blocks: list[slice]) -> None:

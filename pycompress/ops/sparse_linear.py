@@ -2,15 +2,16 @@
 
 ``y = act(x @ (W ⊙ mask)^T + bias)``
 
-W is float32, bfloat16 (products and sums in float32) or int8: symmetric with one scale an output row, the activations
-quantised per token, exactly as ``int8_linear`` in dynamic mode. A weight is kept as a bitmap and the kept values; for
-the native kernels there are up to three forms of it:
+W is float32, bfloat16, float16 (products and sums in float32; float16 on GPUs and in the reference alone) or int8:
+symmetric with one scale an output row, the activations quantised per token, exactly as ``int8_linear`` in dynamic mode.
+A weight is kept as a bitmap and the kept values; for the kernels there are up to three forms of it:
 
 =======  ==============================================================  ==========================
 form     what it is                                                      fast for
 =======  ==============================================================  ==========================
 bitmap   bitmap and values as they are, expanded in registers            up to 8 tokens
 index    lists of columns, shared by groups of outputs; tokens in lanes  more tokens
+         on a GPU: blocks, or two of every four (sparse_linear_gpu.py)
 dense    the weight with its zeros: ``F.linear``, or int8_linear's       weights with few zeros
 =======  ==============================================================  ==========================
 
@@ -43,6 +44,7 @@ from pycompress.ops.linear_common import (
     check_option,
 )
 from pycompress.ops.rows import row_layout
+from pycompress.ops.sparse_linear_gpu import cuda_missing, run_cuda, run_triton, triton_missing
 from pycompress.ops.sparse_linear_reference import (
     BITMAP,
     DENSE,
@@ -54,6 +56,7 @@ from pycompress.ops.sparse_linear_reference import (
 from pycompress.ops.sparse_linear_weight import (
     SPARSE_DTYPES,
     WEIGHT_TYPES,
+    expand,
     pack_index,
     runs_here,
     sparse_to_dense,
@@ -125,12 +128,18 @@ def native_plan(call: Call, row_start: Tensor, index: Tensor | None) -> _C.Spars
 
 
 def _native_missing(call: Call) -> str | None:
-    return None if call.x.device.type == "cpu" else f"x is on {call.x.device}, the native kernels run on the CPU"
+    if call.x.device.type != "cpu":
+        return f"x is on {call.x.device}, the native kernels run on the CPU"
+    if call.values.dtype == torch.float16:
+        return "values are float16, the native kernels take bfloat16; backend='reference' takes both"
+    return None
 
 
 _TABLE = Backends(
     _OP,
     Backend("native", _native_missing, _native_sparse_linear),
+    Backend("cuda", cuda_missing, run_cuda),
+    Backend("triton", triton_missing, run_triton),
     Backend("reference", lambda call: None, reference_sparse_linear),
 )
 SPARSE_BACKENDS, pick = _TABLE.names, _TABLE.pick
@@ -166,7 +175,7 @@ def check(call: Call) -> None:
     if values.dtype not in WEIGHT_TYPES or values.dim() != 1 or not values.is_contiguous():
         raise ValueError(
             f"sparse_linear: values have {values.dtype} {tuple(values.shape)}, expected contiguous float32, "
-            "bfloat16 or int8 (nnz,)"
+            "bfloat16, float16 or int8 (nnz,)"
         )
     n = bitmap.shape[0]
     _check_scale(call.weight_scale, values, n)
@@ -204,14 +213,14 @@ def _check_derived(call: Call, n: int, k: int) -> None:
     if dense is None:
         return
     if call.values.dtype == torch.int8:
-        if dense.dtype != torch.uint8 or dense.dim() != 1:
+        packed, plain = dense.dtype == torch.uint8 and dense.dim() == 1, dense.dtype == torch.int8
+        if not packed and not (plain and dense.shape == (n, k) and dense.is_contiguous()):
             raise ValueError(
-                f"sparse_linear: dense has {dense.dtype} {tuple(dense.shape)}, expected the result of pack_weight"
+                f"sparse_linear: dense has {dense.dtype} {tuple(dense.shape)}, expected the result of pack_weight, or "
+                f"contiguous int8 {(n, k)}"
             )
-    elif dense.dtype not in (torch.float32, torch.bfloat16) or dense.shape != (n, k):
-        raise ValueError(
-            f"sparse_linear: dense has {dense.dtype} {tuple(dense.shape)}, expected float32 or bfloat16 {(n, k)}"
-        )
+    elif dense.dtype not in (torch.float32, torch.bfloat16, torch.float16) or dense.shape != (n, k):
+        raise ValueError(f"sparse_linear: dense has {dense.dtype} {tuple(dense.shape)}, expected floating {(n, k)}")
 
 
 def _check_choice(choice: Sequence[int]) -> None:
@@ -294,7 +303,9 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[T
         grad = activation_backward(grad, before, activation)
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
-        weight = torch.ops.pycompress.sparse_unpack.default(bitmap, values, weight_scale, x.shape[-1])
+        # Who gives row_start has checked the weight, and checking it again would wait for a GPU.
+        checked = derived[0] is not None
+        weight = torch.ops.pycompress.sparse_unpack.default(bitmap, values, weight_scale, x.shape[-1], checked)
         grad_x = grad @ weight.to(grad.dtype)
     if bias is not None and ctx.needs_input_grad[4]:  # type: ignore[attr-defined]
         grad_bias = bias_backward(grad, bias)
@@ -303,18 +314,21 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[T
 
 # An operator, so that a compiled backward can hold it: only its fake kernel is run while tracing.
 _LIB.define(
-    "sparse_unpack(Tensor bitmap, Tensor values, Tensor? weight_scale, SymInt k) -> Tensor",
+    "sparse_unpack(Tensor bitmap, Tensor values, Tensor? weight_scale, SymInt k, bool checked=False) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
-def sparse_unpack(bitmap: Tensor, values: Tensor, weight_scale: Tensor | None, k: int) -> Tensor:
-    """The weight ``(N, K)`` that the layer multiplies with: in the values' dtype, or int8 times scale in float32."""
-    weight = sparse_to_dense(bitmap, values, k)
+def sparse_unpack(bitmap: Tensor, values: Tensor, weight_scale: Tensor | None, k: int, checked: bool = False) -> Tensor:
+    """The weight ``(N, K)`` that the layer multiplies with: in the values' dtype, or int8 times scale in float32.
+
+    checked: bitmap and values are known to be a weight; then no call waits for a GPU.
+    """
+    weight = (expand if checked else sparse_to_dense)(bitmap, values, k)
     return weight if weight_scale is None else weight.to(torch.float32) * weight_scale[:, None]
 
 
-def _unpack_fake(bitmap: Tensor, values: Tensor, weight_scale: Tensor | None, k: int) -> Tensor:
+def _unpack_fake(bitmap: Tensor, values: Tensor, weight_scale: Tensor | None, k: int, checked: bool = False) -> Tensor:
     return values.new_empty((bitmap.shape[0], k), dtype=values.dtype if weight_scale is None else torch.float32)
 
 
@@ -346,20 +360,23 @@ def sparse_linear(
     Args:
         x: ``(..., K)`` float32, bfloat16 or float16, any strides. The result has its dtype.
         bitmap, values: the weight ``(N, K)``, as :func:`sparse_from_dense` makes them: uint8 ``(N, ceil(K / 8))``, and
-            float32, bfloat16 or int8 ``(nnz,)``.
+            float32, bfloat16, float16 or int8 ``(nnz,)``.
         weight_scale: float32 ``(N,)``, with int8 values only.
         bias: floating ``(N,)`` or None.
-        row_start: the result of :func:`row_starts` for this bitmap. Without it bitmap and values are checked.
-        index: the result of :func:`pack_index`, 64-byte aligned or it is copied.
-        dense: the dense form: float32 or bfloat16 ``(N, K)``, or with int8 values the result of ``pack_weight``.
+        row_start: the result of :func:`row_starts` for this bitmap. Without it bitmap and values are checked, which
+            waits for a GPU.
+        index: the result of :func:`pack_index`, 64-byte aligned or it is copied; on a GPU of ``pack_blocks`` or
+            ``pack_2to4``.
+        dense: the dense form: floating ``(N, K)``, or with int8 values the result of ``pack_weight``, on a GPU int8
+            ``(N, K)``.
         choice: which form computes how many tokens M, flat: ``(most tokens, code, most tokens, code, ...)`` with codes
             0 bitmap, 1 index, 2 dense; the first pair with M <= most counts, or the last. Empty: bitmap for M <= 8,
             above that the index form where it is given. A form that is chosen and not given is made on the spot, which
             costs more than a product with a few tokens; a weight that has no index form is read as bitmap.
         activation: ``"none"``, ``"relu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"silu"``, applied before rounding to x's
             dtype.
-        backend: ``"auto"``, ``"native"`` or ``"reference"``; a named one runs or raises. The reference unpacks the
-            weight and reads no other form.
+        backend: ``"auto"``, ``"native"``, ``"cuda"``, ``"triton"`` or ``"reference"``; a named one runs or raises. The
+            reference unpacks the weight and reads no other form.
 
     Returns:
         ``(..., N)``. The gradient reaches x and bias.

@@ -22,11 +22,13 @@ _Run = Callable[[int, int, int, int, int, int], None]
 class Forms:
     """A weight as it was at one moment, with what was derived from it; replaced as a whole, never changed.
 
-    choices: by number of threads, see ``sparse_linear``. Without native kernels: no forms and no choices.
+    choices: by number of threads, see ``sparse_linear``. backends: who reads the forms, best first: native, or those of
+    a GPU. Without either: no forms and no choices.
     """
 
     __slots__ = (
-        "_addresses", "_held", "_versions", "bitmap", "choices", "dense", "index", "row_start", "scale", "values",
+        "_addresses", "_held", "_versions", "backends", "bitmap", "choices", "dense", "index", "native", "row_start",
+        "scale", "values",
     )  # fmt: skip
 
     def __init__(
@@ -36,8 +38,10 @@ class Forms:
         index: Tensor | None = None,
         dense: Tensor | None = None,
         choices: Mapping[int, tuple[int, ...]] | None = None,
+        backends: tuple[str, ...] = (),
     ) -> None:
         self.bitmap, self.values, self.scale = state
+        self.backends, self.native = backends, backends == ("native",)
         self.row_start, self.index, self.dense, self.choices = row_start, index, dense, dict(choices or {})
         # Held, so that no other tensor can come to lie at these addresses while they are compared.
         self._held = self.bitmap.detach(), self.values.detach()

@@ -64,12 +64,12 @@ def reference_sparse_linear(call: Call) -> Tensor:
 
 
 def dense_dtype(weight: torch.dtype, x: torch.dtype) -> torch.dtype:
-    """What the dense form of a float weight is kept in: float32, unless weight and x are both bfloat16."""
-    return weight if weight == x == torch.bfloat16 else torch.float32
+    """What the dense form of a float weight is kept in: float32, unless weight and x are of one 16-bit type."""
+    return weight if weight == x else torch.float32
 
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """What ``nn.Linear`` computes, with torch's own kernels, for any x; a float16 x in float32."""
+    """What ``nn.Linear`` computes, with torch's own kernels, for any x; where x and weight differ, in float32."""
     if x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype):  # the usual case, without conversions
         return apply_activation(F.linear(x, weight, bias), activation)
     dtype = dense_dtype(weight.dtype, x.dtype)

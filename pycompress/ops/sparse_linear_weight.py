@@ -17,9 +17,11 @@ from pycompress import _C
 from pycompress._native import has_values
 from pycompress.ops.int8_matmul_weight import aligned
 
-SPARSE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
-WEIGHT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-_DTYPE_NAMES = "float32, bfloat16 or int8"
+SPARSE_DTYPES = {
+    "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8,
+}  # fmt: skip
+WEIGHT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.float16: 3}  # 3: GPU kernels only
+_DTYPE_NAMES = "float32, bfloat16, float16 or int8"
 
 
 # ---- bitmap and values -----------------------------------------------------------------------------------------
@@ -29,7 +31,7 @@ def sparse_from_dense(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Bitmap and values of ``weight ⊙ mask``.
 
     Args:
-        weight: ``(N, K)`` float32, bfloat16 or int8.
+        weight: ``(N, K)`` float32, bfloat16, float16 or int8.
         mask: ``(N, K)`` bool, True where the weight is kept.
 
     Raises:
@@ -67,6 +69,11 @@ def sparse_to_dense(bitmap: Tensor, values: Tensor, k: int) -> Tensor:
     if not has_values(bitmap):
         return values.new_zeros(bitmap.shape[0], k)
     validate_sparse(bitmap, values, bitmap.shape[0], k)
+    return expand(bitmap, values, k)
+
+
+def expand(bitmap: Tensor, values: Tensor, k: int) -> Tensor:
+    """The same of a weight that was checked before, without waiting for its device."""
     return values.new_zeros(bitmap.shape[0], k).masked_scatter_(sparse_mask(bitmap, k), values)
 
 
