@@ -49,7 +49,7 @@ def pick(vocab: int, itemsize: int, arch: int, divergence: str) -> Tile | Sweeps
         rows = max(1, _SMALL_TILE // block)
         warps = rows * block * itemsize // (32 * _THREAD_BYTES)
         return Tile(rows, block, min(warps, 16 if block > LARGEST_TILE else 32))
-    # One stripe of fp32, two of 16 bits: 32 and 64 bytes of both operands in flight a thread. Four programs a processor
-    # (40 to 55 registers a thread), or two (64 to 102), have 32 kB in flight: more than latency times bandwidth asks
-    # for, about 20 kB. Two stripes of fp32 spill as above.
-    return Sweeps(4 // itemsize, 256, _THREAD_BYTES // itemsize)
+    # One stripe of 16 bytes a thread of each operand: with 8 warps of fp32 at up to 55 registers, or 4 warps of 16 bits
+    # at up to 72, a processor has about 30 kB in flight: more than latency times bandwidth asks for, some 20 kB. With
+    # more stripes, or more warps of 16 bits, ptxas stops at 64 or 80 registers in one divergence or another and spills.
+    return Sweeps(1, 64 * itemsize, _THREAD_BYTES // itemsize)

@@ -112,7 +112,7 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     peaks: Annotated[bool, typer.Option("--peaks", help="Also measure the machine's ceilings.")] = False,
 ) -> None:
-    """Show the CPU, instruction sets, threads, backends and versions."""
+    """Show the CPU, instruction sets, threads, GPUs, backends and versions."""
     from pycompress import info as machine
 
     found = machine.collect(peaks=peaks)

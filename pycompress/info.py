@@ -13,7 +13,7 @@ import numpy
 import torch
 from rich.table import Table
 
-from pycompress import _native, nn, ops
+from pycompress import _native, info_gpu, nn, ops
 from pycompress.version import __version__
 
 # What this version computes; a benchmark each, of the same name.
@@ -42,6 +42,7 @@ def collect(*, peaks: bool = False) -> dict[str, Any]:
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
         },
         "openmp": _openmp(),
+        "gpu": info_gpu.collect(),
         "backends": _backends(),
     }
     if peaks:
@@ -111,44 +112,54 @@ def _openmp() -> dict[str, Any]:
 
 def _backends() -> dict[str, dict[str, str]]:
     """Runs every backend of every operation once, on next to nothing, and tells the kernel or the error."""
+    names = {"int8_matmul": ops.BACKENDS, "distill_loss": ops.DISTILL_BACKENDS, "sparse_linear": ops.SPARSE_BACKENDS}
     return {
-        "int8_matmul": {name: _try_int8_matmul(name) for name in ops.BACKENDS if name != "auto"},
-        "distill_loss": {name: _try_distill_loss(name) for name in ops.DISTILL_BACKENDS if name != "auto"},
-        "sparse_linear": {name: _try_sparse_linear(name) for name in ops.SPARSE_BACKENDS if name != "auto"},
+        operation: {backend: _try(operation, backend) for backend in names[operation] if backend != "auto"}
+        for operation in OPERATIONS
     }
 
 
-def _try_int8_matmul(backend: str) -> str:
+def _try(operation: str, backend: str) -> str:
+    device, why_not = info_gpu.device_for(backend)
+    if why_not is not None:
+        return f"not usable: {why_not}"
     try:
-        weight, one = ops.pack_weight(torch.ones(1, 1, dtype=torch.int8)), torch.ones(1)
-        y = ops.int8_linear(one, weight, one, backend=backend)
-        kernel = ops.kernel_name(weight) if backend == "native" else "plain torch"
-    except (ValueError, RuntimeError) as error:
+        found, expected, kernels = _TRIALS[operation](backend, device)
+    except (ValueError, RuntimeError, ImportError) as error:
         return f"not usable: {error}"
-    return f"usable: {kernel}" if abs(y.item() - 1) < 1e-3 else f"broken: 1 x 1 gives {y.item()}"
+    if abs(found - expected) >= 1e-3:
+        return f"broken: gives {found:g} where {expected:g} is right"
+    if backend == "native":
+        return f"usable: {kernels}"
+    if backend == "reference":
+        return "usable: plain torch"
+    return "usable" if device == "cuda" else "usable: on the CPU, for tests"
 
 
-def _try_distill_loss(backend: str) -> str:
-    try:
-        logits, label = torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64)
-        loss = nn.DistillationLoss(backend=backend)(logits, logits, label)
-        kernel = ops.distill_kernel_name() if backend == "native" else "plain torch"
-    except (ValueError, RuntimeError) as error:
-        return f"not usable: {error}"
+Trial = tuple[float, float, str]  # the result, what it should be, the names of the native kernels
+
+
+def _try_int8_matmul(backend: str, device: str) -> Trial:
+    weight, one = torch.ones(1, 1, dtype=torch.int8, device=device), torch.ones(1, device=device)
+    y = ops.int8_linear(one, weight, one, backend=backend)
+    return y.item(), 1, ops.kernel_name(ops.pack_weight(weight)) if backend == "native" else ""
+
+
+def _try_distill_loss(backend: str, device: str) -> Trial:
+    logits, label = torch.zeros(1, 2, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    loss = nn.DistillationLoss(backend=backend)(logits, logits, label)
     expected = math.log(2) / 2  # half of the cross-entropy, and a teacher that agrees
-    return f"usable: {kernel}" if abs(loss.item() - expected) < 1e-3 else f"broken: 1 x 2 gives {loss.item()}"
+    return loss.item(), expected, ops.distill_kernel_name() if backend == "native" else ""
 
 
-def _try_sparse_linear(backend: str) -> str:
-    try:
-        weight, one = torch.ones(1, 1), torch.ones(1)
-        bitmap, values = ops.sparse_from_dense(weight, weight != 0)
-        y, kernels = ops.sparse_linear(one, bitmap, values, backend=backend), "plain torch"
-        if backend == "native":
-            kernels = ", ".join(ops.sparse_kernel_names(torch.float32))
-    except (ValueError, RuntimeError) as error:
-        return f"not usable: {error}"
-    return f"usable: {kernels}" if abs(y.item() - 1) < 1e-3 else f"broken: 1 x 1 gives {y.item()}"
+def _try_sparse_linear(backend: str, device: str) -> Trial:
+    weight, one = torch.ones(1, 1, device=device), torch.ones(1, device=device)
+    bitmap, values = ops.sparse_from_dense(weight, weight != 0)
+    y = ops.sparse_linear(one, bitmap, values, backend=backend)
+    return y.item(), 1, ", ".join(ops.sparse_kernel_names(torch.float32)) if backend == "native" else ""
+
+
+_TRIALS = {"int8_matmul": _try_int8_matmul, "distill_loss": _try_distill_loss, "sparse_linear": _try_sparse_linear}
 
 
 def table(found: dict[str, Any]) -> Table:
@@ -168,6 +179,8 @@ def table(found: dict[str, Any]) -> Table:
     grid.add_row("threads", f"{threads['torch']} of {threads['cores_usable']} usable cores")
     shared = {True: "one library, shared with torch", False: "not shared with torch", None: "not known here"}
     grid.add_row("OpenMP", "\n".join([shared[openmp["shared_with_torch"]], *openmp["libraries"]]))
+    for title, text in info_gpu.lines(found["gpu"]):
+        grid.add_row(title, text)
     for operation, backends in found["backends"].items():
         for backend, state in backends.items():
             grid.add_row(f"{operation}, {backend}", state)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 from pycompress import _native, cost_calibration, cost_model
+from pycompress import gpu as gpu_backends
 from pycompress.cost_core import Fit
 from tests.cost_fakes import model_of
+from tests.gpu import Gpu, emulated_cuda
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined: before any is imported
 
 
 @pytest.fixture(params=_native.available_isas())
@@ -17,6 +23,23 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each instruction set that this CPU has, forced in turn."""
     monkeypatch.setenv("PYCOMPRESS_ISA", request.param)
     return str(request.param)
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Gpu:
+    """Each GPU backend in turn: on the GPU where there is one, else emulated or interpreted on the CPU."""
+    backend = str(request.param)
+    if torch.cuda.is_available():
+        found = Gpu(backend, "cuda")
+    else:
+        found = Gpu(backend, "cpu")
+        if backend == "cuda":
+            monkeypatch.setattr(gpu_backends, "_cuda", emulated_cuda())
+    missing = {"cuda": gpu_backends.cuda_missing, "triton": gpu_backends.triton_missing}[backend]
+    reason = missing(torch.empty(0, device=found.device))
+    if reason is not None:
+        pytest.skip(reason)
+    return found
 
 
 @pytest.fixture(autouse=True)

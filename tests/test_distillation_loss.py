@@ -120,7 +120,7 @@ def test_exported() -> None:
         assert name in ops.__all__
     assert ops.DIVERGENCES == DIVERGENCES
     assert ops.REDUCTIONS == REDUCTIONS
-    assert set(ops.DISTILL_BACKENDS) == {"auto", *BACKENDS}
+    assert set(ops.DISTILL_BACKENDS) == {"auto", *BACKENDS, "cuda", "triton"}
     assert pycompress.nn.TopKLogits is ops.TopKLogits
 
 
@@ -140,7 +140,7 @@ OPTION_ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "smoothing high": ({"label_smoothing": 1.1}, r"label_smoothing=1\.1"),
     "divergence": ({"divergence": "kl"}, "divergence='kl', expected one of forward_kl, reverse_kl, jsd"),
     "reduction": ({"reduction": "batchmean"}, "reduction='batchmean', expected one of mean, sum, none"),
-    "backend": ({"backend": "cuda"}, "backend='cuda', expected one of auto, native, reference"),
+    "backend": ({"backend": "gpu"}, "backend='gpu', expected one of auto, native, cuda, triton, reference"),
 }
 
 

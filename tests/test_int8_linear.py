@@ -97,7 +97,7 @@ def test_conv1d() -> None:
         torch.testing.assert_close(module(x), layer(x), rtol=0, atol=0.01)
 
 
-@pytest.mark.parametrize("backend", ops.BACKENDS)
+@pytest.mark.parametrize("backend", ["auto", "native", "reference"])
 @pytest.mark.parametrize("shape", [(96,), (0, 96), (2, 3, 96), (2, 0, 96), (2, 3, 4, 96)], ids=str)
 def test_leading_dimensions(shape: tuple[int, ...], backend: str) -> None:
     module, x = make(backend=backend), torch.randn(shape)
@@ -168,7 +168,7 @@ CONVERSION_ERRORS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]
     "meta": (lambda: nn.Linear(8, 4, device="meta"), {}, "meta device"),
     "mode": (lambda: nn.Linear(8, 4), {"mode": "int4"}, "mode='int4', expected one of dynamic"),
     "activation": (lambda: nn.Linear(8, 4), {"activation": "tanh"}, "activation='tanh', expected one of none"),
-    "backend": (lambda: nn.Linear(8, 4), {"backend": "cuda"}, "backend='cuda', expected one of auto"),
+    "backend": (lambda: nn.Linear(8, 4), {"backend": "gpu"}, "backend='gpu', expected one of auto"),
     "no range": (lambda: nn.Linear(8, 4), {"mode": "static"}, "static mode needs a range"),
     "range": (lambda: nn.Linear(8, 4), {"input_range": RANGE}, "the others take none"),
     "bad range": (lambda: nn.Linear(8, 4), {"mode": "static", "input_range": (1, 0)}, "not a finite range"),

@@ -310,7 +310,7 @@ ERRORS = {
     "device": ((X, W, S.to("meta")), {}, "x is on cpu but weight_scale is on meta; move one"),
     "mode": ((X, W, S), {"mode": "int4"}, "mode='int4', expected one of dynamic, static, weight_only"),
     "activation": ((X, W, S), {"activation": "tanh"}, "activation='tanh', expected one of none, relu"),
-    "backend": ((X, W, S), {"backend": "cuda"}, "backend='cuda', expected one of auto, native, reference"),
+    "backend": ((X, W, S), {"backend": "gpu"}, "backend='gpu', expected one of auto, native, cuda, triton, reference"),
     "static without": ((X, W, S), {"mode": "static"}, "needs input_scale and input_zero_point; calibrate"),
     "dynamic with": ((X, W, S), {"input_scale": S[:1]}, "belong to mode='static'"),
     "zero point dtype": ((X, W, S), {"mode": "static", "input_scale": S[:1], "input_zero_point": S[:1]}, "one int32"),

@@ -44,7 +44,7 @@ def test_module() -> None:
     ({"student_logit_scale": -1.0}, "student_logit_scale=-1.0, expected a positive finite number"),
     ({"teacher_logit_scale": math.nan}, "teacher_logit_scale=nan"),
     ({"chunk_tokens": 0}, "chunk_tokens=0, expected at least 1, or None"),
-    ({"backend": "cuda"}, "backend='cuda', expected one of auto, native, reference"),
+    ({"backend": "gpu"}, "backend='gpu', expected one of auto, native, cuda, triton, reference"),
 ])  # fmt: skip
 def test_bad_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

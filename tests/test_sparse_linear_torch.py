@@ -114,7 +114,8 @@ def test_opcheck(weight: str, activation: str, dtype: torch.dtype, bias: bool) -
     if bias:
         torch.library.opcheck(OP, (x.detach(), module.weight_bitmap, module.weight_values))
     args = (module.weight_bitmap, module.weight_values, module.weight_scale, K)
-    torch.library.opcheck(torch.ops.pycompress.sparse_unpack.default, args)
+    for checked in (False, True):
+        torch.library.opcheck(torch.ops.pycompress.sparse_unpack.default, (*args, checked))
 
 
 @pytest.mark.parametrize("weight", DTYPES)

@@ -119,7 +119,7 @@ ERRORS: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
     "choice code": ((X, B, V), {"choice": (8, 3)}, r"choice=\[8, 3\], expected pairs"),
     "choice order": ((X, B, V), {"choice": (8, 0, 8, 1)}, "ascending"),
     "activation": ((X, B, V), {"activation": "tanh"}, "activation='tanh', expected one of none, relu"),
-    "backend": ((X, B, V), {"backend": "cuda"}, "backend='cuda', expected one of auto, native, reference"),
+    "backend": ((X, B, V), {"backend": "hip"}, "backend='hip', expected one of auto, native, cuda, triton, reference"),
 }
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from pycompress.bench import distill_loss_summary as summary
 from pycompress.bench.distill_loss_providers import MAIN, PROVIDERS, Options, Provider
 from pycompress.bench.distill_loss_run import DTYPES, Case, run_all
-from pycompress.bench.options import add_common, counts, names_of, start
+from pycompress.bench.options import add_common, counts, names_of, start, wants_gpu
 from pycompress.bench.rows import Row, write_csv
 
 OPTIONS = {
@@ -102,6 +102,11 @@ def _wrong(options: argparse.Namespace) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status. `argv` without the program's name; None takes sys.argv."""
+    argv = sys.argv[1:] if argv is None else argv
+    if wants_gpu(argv):
+        from pycompress.bench import gpu_distill_loss
+
+        return gpu_distill_loss.main(argv)
     started = start(_parser(), argv, PROVIDERS, _describe, report, _wrong)
     if started is None:
         return 0

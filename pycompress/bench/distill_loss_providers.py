@@ -116,7 +116,7 @@ def _arguments(options: Options) -> dict[str, Any]:
     return asdict(options) | {"backend": "native"}
 
 
-def _liger_linear(options: Options) -> LossFn:
+def liger_linear(options: Options) -> LossFn:
     """Its generalised JSD is forward KL at beta 0 and reverse KL at 1, and knows no τ² of the soft term."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
@@ -134,7 +134,7 @@ PROVIDERS: tuple[Provider, ...] = (
         "liger-kernel",
         "inductor",
         None,
-        _liger_linear,
+        liger_linear,
         requires=("liger_kernel",),
         compiles=True,
         why_not="its losses of logits (LigerKLDIVLoss, LigerJSD, LigerFusedLinearJSD) are Triton kernels for GPUs",

@@ -18,7 +18,7 @@ from pycompress import _native
 from pycompress.bench import int8_matmul_summary as summary
 from pycompress.bench.int8_matmul_providers import PROVIDERS, Provider
 from pycompress.bench.int8_matmul_run import Shape, run_all
-from pycompress.bench.options import add_common, counts, start
+from pycompress.bench.options import add_common, counts, start, wants_gpu
 from pycompress.bench.rows import Row, read_csv, timed, write_csv
 
 BERT_BASE: tuple[Shape, ...] = ((768, 768), (768, 3072), (3072, 768))
@@ -109,6 +109,11 @@ def _describe(p: Provider) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status. `argv` without the program's name; None takes sys.argv."""
+    argv = sys.argv[1:] if argv is None else argv
+    if wants_gpu(argv):
+        from pycompress.bench import gpu_int8_matmul
+
+        return gpu_int8_matmul.main(argv)
     started = start(_parser(), argv, PROVIDERS, _describe, report)
     if started is None:
         return 0

@@ -30,10 +30,24 @@ def names_of(known: Container[str]) -> Callable[[str], list[str]]:
     return names
 
 
+def wants_gpu(argv: Sequence[str]) -> bool:
+    """Whether --device names a GPU, for which a benchmark has other providers, cases and options."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--device", default="cpu")
+    return str(parser.parse_known_args(argv)[0].device).startswith("cuda")
+
+
+def describe_all(known: Sequence[P], describe: Callable[[P], str]) -> None:
+    """What --list prints. describe: the columns between a provider's name and its version."""
+    for p in known:
+        print(f"{describe(p)} {f'not installed: {p.missing}' if p.missing else p.version}")
+
+
 def add_common(parser: argparse.ArgumentParser, name: str, seconds: float, quick_seconds: float) -> None:
-    """Adds --threads, --providers, --seconds, --report, --out, --from (as `source`) and --list."""
+    """Adds --device, --threads, --providers, --seconds, --report, --out, --from (as `source`) and --list."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     add, flag = parser.add_argument, argparse.BooleanOptionalAction
+    add("--device", choices=("cpu",), default="cpu", help="cuda has options of its own: --device cuda --help")
     add("--threads", type=counts, metavar="N,...", default=sorted({1, min(2, cores)}), help="default: 1,2")
     add("--providers", type=lambda text: text.split(","), default=[], help="names or their beginnings")
     add("--seconds", type=float, help=f"of timing per case; default: {seconds:g}, quick {quick_seconds:g}")
@@ -65,8 +79,7 @@ def start(
     if complaint := wrong(options):
         parser.error(complaint)
     if options.list:
-        for p in known:
-            print(f"{describe(p)} {f'not installed: {p.missing}' if p.missing else p.version}")
+        describe_all(known, describe)
         return None
     options.out.mkdir(parents=True, exist_ok=True)
     if options.source:

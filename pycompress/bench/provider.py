@@ -61,7 +61,11 @@ class Machine:
 
     @classmethod
     def here(cls) -> "Machine":
-        return cls(device_name(), peaks.last_level_cache_bytes() / 2**20, commit())
+        return cls.of(device_name(), peaks.last_level_cache_bytes() / 2**20)
+
+    @classmethod
+    def of(cls, device: str, llc_mib: float) -> "Machine":
+        return cls(device, llc_mib, commit())
 
     def row(self, op: str, provider: BaseProvider, dtype: str, covers: str, **fields: object) -> Row:
         row = Row(

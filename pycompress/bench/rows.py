@@ -132,7 +132,7 @@ def timed(rows: Sequence[Row], covers: str = "layer") -> list[Row]:
 
 
 def device_name() -> str:
-    return str(info.collect()["cpu"]["name"])
+    return info.cpu_name()
 
 
 def commit() -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pycompress.bench import sparse_linear_summary as summary
 from pycompress.bench.int8_matmul import shapes
-from pycompress.bench.options import add_common, counts, names_of, start
+from pycompress.bench.options import add_common, counts, names_of, start, wants_gpu
 from pycompress.bench.rows import Row, write_csv
 from pycompress.bench.sparse_linear_model import run_model
 from pycompress.bench.sparse_linear_providers import (
@@ -138,6 +138,11 @@ def _describe(p: Provider) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status. `argv` without the program's name; None takes sys.argv."""
+    argv = sys.argv[1:] if argv is None else argv
+    if wants_gpu(argv):
+        from pycompress.bench import gpu_sparse_linear
+
+        return gpu_sparse_linear.main(argv)
     started = start(_parser(), argv, PROVIDERS, _describe, report)
     if started is None:
         return 0
