@@ -85,6 +85,24 @@ def float_dot(a, b, sums):
 
 
 @triton.jit
+def store_outputs(
+    sums, m, n, y, x_scale, weight_scale, bias, M, N,
+    ACTIVATION: tl.constexpr, HAS_X_SCALE: tl.constexpr, HAS_WEIGHT_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """Stores ``act(sums * weight_scale * x_scale + bias)`` at rows m and columns n of y (M, N)."""
+    in_m, in_n = m < M, n < N
+    v = sums.to(tl.float32)
+    if HAS_WEIGHT_SCALE:
+        v = v * tl.load(weight_scale + n, mask=in_n, other=0.0)[None, :]
+    if HAS_X_SCALE:
+        v = v * tl.load(x_scale + m, mask=in_m, other=0.0)[:, None]
+    if HAS_BIAS:
+        v += tl.load(bias + n, mask=in_n, other=0.0).to(tl.float32)[None, :]
+    v = activate(v, ACTIVATION).to(y.dtype.element_ty)
+    tl.store(y + m.to(tl.int64)[:, None] * N + n[None, :], v, mask=in_m[:, None] & in_n[None, :])
+
+
+@triton.jit
 def grouped_tile(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
     """(m, n) of the pid-th tile, GROUP rows of tiles at a time, so that neighbours in time share weights in L2.
 

@@ -32,7 +32,7 @@ from pycompress.gpu import capability
 from pycompress.ops.int8_matmul_reference import Call
 from pycompress.ops.rows import row_layout
 
-from .common import OPTIONS, activate, float_dot, grouped_tile, magnitude_bits, on_device_of, round_to_int
+from .common import OPTIONS, float_dot, grouped_tile, magnitude_bits, on_device_of, round_to_int, store_outputs
 from .int8_matmul_tuning import FINISH_COLUMNS, Tiling, autotuned, kind_of, pick, row_block
 
 # ---- kernels --------------------------------------------------------------------------------------------------
@@ -98,22 +98,6 @@ def _sum_weight_rows(weight, sums, K, BLOCK: tl.constexpr):
     tl.store(sums + n, tl.sum(total, axis=0))
 
 
-@triton.jit
-def _epilogue(
-    sums, m, n, y, x_scale, weight_scale, bias, M, N,
-    ACTIVATION: tl.constexpr, HAS_X_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
-):  # fmt: skip
-    """Stores ``act(sums * weight_scale * x_scale + bias)`` at rows m and columns n of y."""
-    in_m, in_n = m < M, n < N
-    v = sums.to(tl.float32) * tl.load(weight_scale + n, mask=in_n, other=0.0)[None, :]
-    if HAS_X_SCALE:
-        v = v * tl.load(x_scale + m, mask=in_m, other=0.0)[:, None]
-    if HAS_BIAS:
-        v += tl.load(bias + n, mask=in_n, other=0.0).to(tl.float32)[None, :]
-    v = activate(v, ACTIVATION).to(y.dtype.element_ty)
-    tl.store(y + m.to(tl.int64)[:, None] * N + n[None, :], v, mask=in_m[:, None] & in_n[None, :])
-
-
 @triton.jit(do_not_specialize=["M", "inner_rows"])
 def _multiply(
     x, weight, y, partial, x_scale, weight_scale, bias, zero_point, weight_sums,
@@ -162,7 +146,9 @@ def _multiply(
         to = partial + (tl.program_id(1).to(tl.int64) * M + m)[:, None] * N + n[None, :]
         tl.store(to, sums, mask=(m < M)[:, None] & (n < N)[None, :])
     else:
-        _epilogue(sums, m, n, y, x_scale, weight_scale, bias, M, N, ACTIVATION, MODE != "weight_only", HAS_BIAS)
+        store_outputs(
+            sums, m, n, y, x_scale, weight_scale, bias, M, N, ACTIVATION, MODE != "weight_only", True, HAS_BIAS
+        )
 
 
 @triton.jit(do_not_specialize=["M", "splits"])
@@ -176,7 +162,7 @@ def _finish(
     for split in range(splits):
         at = partial + (tl.full((1, 1), split, tl.int64) * M + m[:, None]) * N + n[None, :]
         sums += tl.load(at, mask=(n < N)[None, :], other=0).to(sums.dtype)
-    _epilogue(sums, m, n, y, x_scale, weight_scale, bias, M, N, ACTIVATION, MODE != "weight_only", HAS_BIAS)
+    store_outputs(sums, m, n, y, x_scale, weight_scale, bias, M, N, ACTIVATION, MODE != "weight_only", True, HAS_BIAS)
 
 
 # ---- launcher -------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from pycompress.ops.rows import row_layout
 from pycompress.ops.sparse_linear_forms import BLOCK, form_header
 from pycompress.ops.sparse_linear_reference import BITMAP, INDEX, Call
 
-from .common import OPTIONS, TYPE_NAMES, Shipped, activate, float_dot, on_device_of
+from .common import OPTIONS, TYPE_NAMES, Shipped, float_dot, on_device_of, store_outputs
 from .common import shipped as configuration
 from .int8_matmul import quantize_rows
 from .sparse_linear_block import INT32_K, block_linear, shipped_blocks
@@ -118,16 +118,7 @@ def _bitmap_linear(
         each = acc.to(tl.int64) if BIG_K and INT8 else acc
         total = tl.sum(tl.sum(each, 1), 2)
     offs_n = first_n + tl.arange(0, ROWS)
-    in_n = offs_n < n
-    v = total.to(tl.float32)
-    if INT8:
-        v *= tl.load(w_scale + offs_n, mask=in_n, other=0)[None, :]
-        v *= tl.load(x_scale + offs_m, mask=in_m, other=0)[:, None]
-    if HAS_BIAS:
-        v += tl.load(bias + offs_n, mask=in_n, other=0).to(tl.float32)[None, :]
-    v = activate(v, ACTIVATION)
-    to_y = offs_m[:, None].to(tl.int64) * n + offs_n[None, :]
-    tl.store(y + to_y, v.to(y.dtype.element_ty), mask=in_m[:, None] & in_n[None, :])
+    store_outputs(total, offs_m, offs_n, y, x_scale, w_scale, bias, m, n, ACTIVATION, INT8, INT8, HAS_BIAS)
 
 
 # ---- tuning -----------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from torch import Tensor
 from pycompress.ops.sparse_linear_forms import BLOCKS, Header
 from pycompress.ops.sparse_linear_reference import Call
 
-from .common import OPTIONS, TYPE_NAMES, Shipped, activate, float_dot
+from .common import OPTIONS, TYPE_NAMES, Shipped, float_dot, store_outputs
 from .common import shipped as configuration
 
 # |sum| <= 128 * 127 * K fits int32 up to this K; beyond it sums are int64.
@@ -69,16 +69,7 @@ def _block_linear(
         else:
             acc = float_dot(w.to(tl.float32), tokens.to(tl.float32), acc)
     offs_n = row * BLOCK + tl.arange(0, BLOCK)
-    in_n = offs_n < n
-    v = tl.trans(acc).to(tl.float32)
-    if INT8:
-        v *= tl.load(w_scale + offs_n, mask=in_n, other=0)[None, :]
-        v *= tl.load(x_scale + offs_m, mask=in_m, other=0)[:, None]
-    if HAS_BIAS:
-        v += tl.load(bias + offs_n, mask=in_n, other=0).to(tl.float32)[None, :]
-    v = activate(v, ACTIVATION)
-    to_y = offs_m[:, None].to(tl.int64) * n + offs_n[None, :]
-    tl.store(y + to_y, v.to(y.dtype.element_ty), mask=in_m[:, None] & in_n[None, :])
+    store_outputs(tl.trans(acc), offs_m, offs_n, y, x_scale, w_scale, bias, m, n, ACTIVATION, INT8, INT8, HAS_BIAS)
 
 
 # ---- tuning -----------------------------------------------------------------------------------------------------

@@ -7,18 +7,18 @@ of every kind.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from tests.distill_check import cases, check, each_token, truth
 from tests.distill_gpu import check_all, run
 from tests.distill_oracle import DIVERGENCES, DTYPES, REDUCTIONS, Case
 from tests.gpu import Gpu
-from tests.test_distill_loss import VIEWS, dealt, make, reduction_cases, strided_cases
+from tests.test_distill_loss import DRAWN, VIEWS, dealt, drawn_case, make, reduction_cases, strided_cases
 from tests.test_distill_loss_numerics import BAD_ROWS, INF, MASKS, spoil
 
 # What numpy says of infinities in Triton's interpreter.
@@ -318,32 +318,7 @@ def test_ends_of_the_options(gpu: Gpu) -> None:
 
 
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    t=st.integers(0, 9), v=st.integers(1, 90), teacher_more=st.integers(-20, 20), seed=st.integers(0, 2**31),
-    dtype=st.sampled_from(DTYPES), teacher_dtype=st.sampled_from(DTYPES), divergence=st.sampled_from(DIVERGENCES),
-    temperature=st.floats(0.05, 20), alpha=st.floats(0, 1), beta=st.floats(0, 1), smoothing=st.floats(0, 1),
-    reduction=st.sampled_from(REDUCTIONS), weighted=st.booleans(), teacher_grad=st.booleans(),
-    magnitude=st.integers(-2, 3), masked=st.sampled_from((0.0, 0.3)), row_gap=st.integers(0, 9),
-    column_step=st.integers(1, 3),
-)  # fmt: skip
-def test_drawn(
-    tiled: Gpu, t: int, v: int, teacher_more: int, seed: int, dtype: torch.dtype, teacher_dtype: torch.dtype,
-    divergence: str, temperature: float, alpha: float, beta: float, smoothing: float, reduction: str, weighted: bool,
-    teacher_grad: bool, magnitude: int, masked: float, row_gap: int, column_step: int,
-) -> None:  # fmt: skip
-    torch.manual_seed(seed)
-
-    def logits(width: int, to: torch.dtype) -> Tensor:
-        x = torch.randn(t, width * column_step + row_gap) * 10.0**magnitude
-        x[torch.rand_like(x) < masked] = -torch.inf
-        x[:, 0] = 0  # so that no row is masked throughout
-        return x.to(to)[:, : width * column_step : column_step]
-
-    labels = torch.randint(v, (t,))
-    labels[torch.rand(t) < 0.2] = -100
-    case = Case(
-        logits(v, dtype), logits(max(1, v + teacher_more), teacher_dtype), labels, temperature, alpha, divergence, beta,
-        label_smoothing=smoothing, reduction=reduction, token_weight=torch.rand(t) if weighted else None,
-        teacher_grad=teacher_grad, upstream=torch.randn(t) if reduction == "none" else None,
-    )  # fmt: skip
+@given(t=st.integers(0, 9), v=st.integers(1, 90), **DRAWN)
+def test_drawn(tiled: Gpu, **problem: Any) -> None:
+    case = drawn_case(**problem)
     check(truth(case), run(tiled, case))
