@@ -14,11 +14,12 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from pycompress.nn import MaskedLinear
 from pycompress.ops import affine_qparams
 from pycompress.selection import OURS, FilterFn, ModuleMap, select
 from pycompress.tracing import Shadow
@@ -29,6 +30,7 @@ _FORMAT = "pycompress.calibration"
 _VERSION = 1
 
 Batch = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+Item = TypeVar("Item")
 
 
 class Calibration(Mapping[str, tuple[float, float]]):
@@ -103,7 +105,8 @@ def calibrate(
     filter_fn: FilterFn | None = None,
     progress: bool = True,
 ) -> Calibration:
-    """Run `batches` through the model and return the range of every input that quantize_ would make int8.
+    """Run `batches` through the model and return the range of every input that quantize_ would make int8, and of
+    those of MaskedLinear, which prepare_qat_ takes too.
 
     batches: iterable of model inputs: a tensor -> model(x), a tuple or list -> model(*x), a mapping (a
         tokenizer's BatchEncoding too) -> model(**x). They must be on the model's device. A hundred samples
@@ -122,7 +125,8 @@ def calibrate(
         raise ValueError(f"calibrate: percentile={percentile}; expected 50 < percentile <= 100")
     check_batches(batches, "calibrate")
     modules = ModuleMap(model)
-    layers = select(modules, Shadow(model, opaque=OURS), op="calibrate", skip=skip, filter_fn=filter_fn)
+    shadow = Shadow(model, opaque=OURS)
+    layers = select(modules, shadow, op="calibrate", skip=skip, filter_fn=filter_fn, takes=(MaskedLinear,))
     chosen = [layer for layer in layers if not layer.reason]
     if not chosen:
         raise ValueError("calibrate: nothing to calibrate; quantize_ would swap no layer of this model")
@@ -135,7 +139,7 @@ def calibrate(
             for layer in chosen:
                 hook = _observe(layer.name, observers[layer.name])
                 handles.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
-            for batch in _with_progress(batches, progress):
+            for batch in with_progress(batches, progress, "calibrating"):
                 feed(model, batch, "calibrate")
                 count += 1
         finally:
@@ -171,13 +175,14 @@ def check_batches(batches: object, op: str) -> None:
         raise TypeError(f"{op}: batches is a {type(batches).__name__}; expected an iterable of batches")
 
 
-def _with_progress(batches: Iterable[Batch], progress: bool) -> Iterable[Batch]:
+def with_progress(items: Iterable[Item], progress: bool, what: str) -> Iterable[Item]:
+    """The same items, with a progress bar on stderr that says `what` is done with them."""
     if not progress:
-        return batches
+        return items
     from rich.console import Console
     from rich.progress import track
 
-    return track(batches, description="calibrating", console=Console(stderr=True), transient=True)
+    return track(items, description=what, console=Console(stderr=True), transient=True)
 
 
 def feed(model: nn.Module, batch: Batch, op: str) -> Any:

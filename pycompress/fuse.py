@@ -4,7 +4,8 @@ Folding act(linear(x)) changes what `linear` returns, so it is done only where n
 through the forward around them (see tracing.py) each value of the linear is read once, by that activation,
 and the activation reads nothing else. The activation's place is then taken by an identity.
 nn.TransformerEncoderLayer and nn.TransformerDecoderLayer, whose activation is often a plain function, are
-known by their source.
+known by their source. The second part of a LowRankLinear, and a layer behind a ChannelScale,
+count as the linear that their caller sees.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from pycompress.nn import ChannelScale, LowRankLinear
 from pycompress.selection import HOOKS, Layer, ModuleMap, relative_name
 from pycompress.tracing import Shadow, Traces, last_attribute, methods_of
 
@@ -94,7 +96,7 @@ def plan_fusions(modules: ModuleMap, layers: Iterable[Layer], shadow: Shadow) ->
     plan = FusionPlan()
     groups: dict[nn.Module, list[Layer]] = {}
     for layer in layers:
-        owner = modules.owner(layer.module)
+        owner = modules.owner(_called(modules, layer.module))
         if owner is not None:
             groups.setdefault(owner, []).append(layer)
     activations: dict[nn.Module, list[nn.Module]] = {}
@@ -111,6 +113,19 @@ def plan_fusions(modules: ModuleMap, layers: Iterable[Layer], shadow: Shadow) ->
     return plan
 
 
+def _called(modules: ModuleMap, linear: nn.Module) -> nn.Module:
+    """What a forward calls to get the linear's output: the linear, or what it is the last part of."""
+    slots = modules.slots.get(linear, [])
+    if len(slots) != 1:
+        return linear
+    parent, key = slots[0]
+    low_rank = type(parent) is LowRankLinear and key == "up"
+    scaled = type(parent) is nn.Sequential and len(parent) == 2 and key == "1" and type(parent[0]) is ChannelScale
+    if not (low_rank or scaled) or _why_not_module(modules, parent):
+        return linear
+    return _called(modules, parent)
+
+
 def _plan_owner(
     modules: ModuleMap,
     owner: nn.Module,
@@ -121,7 +136,7 @@ def _plan_owner(
 ) -> None:
     """Plan the activations of one forward: the children of `owner` that `activations` and `group` name."""
     traces = shadow.explore(modules.names[owner][0])
-    linears = {relative_name(modules, owner, layer.module): layer for layer in group}
+    linears = {relative_name(modules, owner, _called(modules, layer.module)): layer for layer in group}
     if not traces.graphs:
         why_not = f"activations not folded in: {type(owner).__name__} cannot be traced: {traces.failure}"
         plan.notes.update((layer.module, why_not) for layer in group)
@@ -132,7 +147,7 @@ def _plan_owner(
         feeding = [name for name in linears if name in before]
         if not feeding:
             continue
-        pair = (module, *(linears[name].module for name in feeding))
+        pair = (module, *(_called(modules, linears[name].module) for name in feeding))
         why_not = _why_not(traces, feeding, activation) or _why_not_module(modules, module)
         why_not = why_not or next((r for n in feeding if (r := _other_method(owner, n, activation))), "")
         why_not = why_not or called_from_above(modules, owner, pair, shadow)
@@ -236,7 +251,7 @@ def called_from_above(modules: ModuleMap, owner: nn.Module, pair: tuple[nn.Modul
 def _note_functions(modules: ModuleMap, owner: nn.Module, group: list[Layer], shadow: Shadow, plan: FusionPlan) -> None:
     glance = shadow.glance(modules.names[owner][0])
     for layer in group:
-        _note_function(glance.calls(relative_name(modules, owner, layer.module)), layer, plan)
+        _note_function(glance.calls(relative_name(modules, owner, _called(modules, layer.module))), layer, plan)
 
 
 def _note_function(calls: list[fx.Node], layer: Layer, plan: FusionPlan) -> None:
@@ -272,14 +287,15 @@ def _patched(owner: nn.Module) -> bool:
 def _plan_transformer_layer(
     modules: ModuleMap, owner: nn.Module, group: list[Layer], shadow: Shadow, plan: FusionPlan
 ) -> None:
-    layer = next((layer for layer in group if layer.module is owner.linear1), None)
+    layer = next((layer for layer in group if _called(modules, layer.module) is owner.linear1), None)
     if layer is None:
         return
     activation = owner.activation
     name = activation_name(activation)
     if name is None:
         return
-    pair = (layer.module, activation) if isinstance(activation, nn.Module) else (layer.module,)
+    linear1 = _called(modules, layer.module)
+    pair = (linear1, activation) if isinstance(activation, nn.Module) else (linear1,)
     why_not = _other_method(owner, "linear1", "activation") or called_from_above(modules, owner, pair, shadow)
     if why_not:
         plan.notes[layer.module] = f"activation not folded in: {why_not}"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Protocol, TypeVar
 
 from torch import nn
 
@@ -60,10 +61,7 @@ class ConversionReport(TextTable):
 
     def rows(self) -> list[tuple[str, ...]]:
         """The table as text; layers that differ only by a number in their name share one row."""
-        groups: dict[tuple[object, ...], list[LayerReport]] = {}
-        for layer in self.layers:
-            groups.setdefault((starred(layer.name), *self.alike(layer)), []).append(layer)
-        return [self.row(group) for group in groups.values()]
+        return [self.row(group) for group in grouped(self.layers, self.alike)]
 
     def alike(self, layer: LayerReport) -> tuple[object, ...]:
         """What layers of one row have in common besides their name."""
@@ -71,11 +69,7 @@ class ConversionReport(TextTable):
 
     def row(self, group: Sequence[LayerReport]) -> tuple[str, ...]:
         first = group[0]
-        name, reason = first.name, first.reason
-        if len(group) > 1:
-            name, reason = starred(name), starred(reason)
-        elif first.aliases:
-            name += f" (= {', '.join(first.aliases)})"
+        name, reason = described(group)
         before, after = sum(g.bytes_before for g in group), sum(g.bytes_after for g in group)
         sizes = megabytes(before), megabytes(after)
         return name, str(len(group)), "x".join(map(str, first.shape)), first.action, first.activation, *sizes, reason
@@ -85,9 +79,17 @@ class ConversionReport(TextTable):
 
 
 @dataclass(frozen=True)
+class QuantizedLayerReport(LayerReport):
+    """A row of quantize_'s report: a layer that was swapped."""
+
+    mode: str = ""
+
+
+@dataclass(frozen=True)
 class QuantizeReport(ConversionReport):
     """The result of quantize_. `print(report)` shows a table; rich shows the same one in colour.
 
+    mode: the one that was asked for, or "mixed"; `layers[i].mode` has that of each layer that was swapped.
     bytes_before, bytes_after: everything the model holds, parameters and buffers, each piece of memory once.
     """
 
@@ -96,10 +98,23 @@ class QuantizeReport(ConversionReport):
     bytes_after: int
     layers: list[LayerReport] = field(default_factory=list)
 
+    header: ClassVar[tuple[str, ...]] = (
+        "layer", "count", "shape", "action", "mode", "activation", "MB before", "MB after", "why",
+    )  # fmt: skip
+
+    def alike(self, layer: LayerReport) -> tuple[object, ...]:
+        return *super().alike(layer), getattr(layer, "mode", "")
+
+    def row(self, group: Sequence[LayerReport]) -> tuple[str, ...]:
+        name, count, shape, action, *rest = super().row(group)
+        return name, count, shape, action, getattr(group[0], "mode", ""), *rest
+
     def summary(self) -> str:
         """One line: how many layers were swapped, left and fused, and what it does to the model's size."""
+        modes = Counter(getattr(layer, "mode", "") for layer in self.swapped)
+        counts = f" ({', '.join(f'{n} {mode}' for mode, n in modes.items())})" if self.mode == "mixed" and modes else ""
         return (
-            f"quantize_ mode={self.mode}: {len(self.swapped)} swapped, {len(self.left)} left as they were, "
+            f"quantize_ mode={self.mode}: {len(self.swapped)} swapped{counts}, {len(self.left)} left as they were, "
             f"{len(self.fused)} with an activation folded in; {self.sizes()}"
         )
 
@@ -175,6 +190,36 @@ def _speed_ups(group: Sequence[SparseLayerReport]) -> str:
     if all(dense == now for _, dense, now in sums):
         return ""
     return ", ".join(f"{m}: {'1' if dense == now else f'{dense / now:.2g}'}" for m, dense, now in sums)
+
+
+class NamedLayer(Protocol):
+    """What every report's rows have."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def reason(self) -> str: ...
+    @property
+    def aliases(self) -> tuple[str, ...]: ...
+
+
+AnyLayer = TypeVar("AnyLayer", bound=NamedLayer)
+
+
+def grouped(layers: Iterable[AnyLayer], alike: Callable[[AnyLayer], tuple[object, ...]]) -> list[list[AnyLayer]]:
+    """The layers that share one row of a table: alike, with names that differ only by a number."""
+    groups: dict[tuple[object, ...], list[AnyLayer]] = {}
+    for layer in layers:
+        groups.setdefault((starred(layer.name), *alike(layer)), []).append(layer)
+    return list(groups.values())
+
+
+def described(group: Sequence[NamedLayer]) -> tuple[str, str]:
+    """Name and reason of such a row."""
+    first = group[0]
+    if len(group) > 1:
+        return starred(first.name), starred(first.reason)
+    return first.name + (f" (= {', '.join(first.aliases)})" if first.aliases else ""), first.reason
 
 
 def starred(text: str) -> str:

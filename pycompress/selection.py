@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
-from pycompress.nn import Int8Linear, MaskedLinear, SparseLinear
+from pycompress.nn import FakeQuantLinear, Int8Linear, MaskedLinear, SparseLinear
 from pycompress.tracing import Shadow, last_attribute, methods_of
 
 Slot = tuple[nn.Module, str]  # (parent, key): parent._modules[key] is the module
@@ -34,11 +34,13 @@ HOOKS = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
-OURS = (Int8Linear, MaskedLinear, SparseLinear)
+OURS = (FakeQuantLinear, Int8Linear, MaskedLinear, SparseLinear)
 _FACTORIES = {  # what makes a single layer, where the model is itself one
     "quantize_": "pycompress.nn.Int8Linear.from_float(model)",
+    "prepare_qat_": "pycompress.nn.FakeQuantLinear.from_float(model)",
     "prune_": "pycompress.nn.MaskedLinear.from_linear(model)",
     "sparsify_": "pycompress.nn.SparseLinear.from_dense(model)",
+    "factorize_": "pycompress.nn.LowRankLinear.from_linear(model, rank)",
 }
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -131,18 +133,19 @@ def select(
     takes: tuple[type[nn.Module], ...] = (),
     pruned: bool = False,
     dtypes: tuple[torch.dtype, ...] = FLOATS,
+    keeps_weight: bool = True,
 ) -> list[Layer]:
     """The linear layers of the model in its own order, each with the reason that keeps it, or none.
 
     takes: types that may go besides nn.Linear and Conv1D. pruned: so may layers pruned by torch.nn.utils.prune, and
-        those whose weight is parametrized. dtypes: of the parameters that may go.
+        those whose weight is parametrized. dtypes: of the parameters that may go. keeps_weight: as weight_read_reason.
     skip: a qualified name, which also covers everything below it, or a glob pattern ('*.attention.*').
     filter_fn: filter_fn(qualified name, module) -> True where the layer may be swapped.
     Raises ValueError for a pattern that matches no module, and where the model is itself the layer.
     """
     check_root(modules.model, op)
-    patterns = _check_patterns(modules, skip, op)
-    owners_of = _tensor_owners(modules)
+    patterns = check_patterns(modules, skip, op)
+    owners_of = tensor_owners(modules)
     layers = []
     for module, names in modules.names.items():
         if not (isinstance(module, (nn.Linear, *OURS)) or _is_conv1d(type(module), exact=False)):
@@ -151,11 +154,11 @@ def select(
         if not reason:
             reason = _kept_reason(module, modules.slots[module], takes, pruned) or _tensors_reason(module, dtypes)
         if not reason:
-            reason = _tied_reason(module, owners_of)
+            reason = tied_reason(module, owners_of)
         if not reason and module in modules.aliases:
             reason = f"is also held in {modules.aliases[module]}, a plain attribute that a swap would miss"
         if not reason:
-            reason = _weight_read_reason(module, modules, shadow)
+            reason = weight_read_reason(module, modules, shadow, keeps_weight)
         if not reason and filter_fn is not None and not filter_fn(names[0], module):
             reason = "filter_fn said no"
         layers.append(Layer(names[0], tuple(names), module, tuple(modules.slots[module]), reason))
@@ -182,18 +185,19 @@ def _is_conv1d(kind: type, *, exact: bool) -> bool:
     return conv1d is not None and (kind is conv1d if exact else issubclass(kind, conv1d))
 
 
-def _check_patterns(modules: ModuleMap, skip: str | Iterable[str], op: str) -> list[str]:
-    if not isinstance(skip, Iterable):
-        raise TypeError(f"{op}: skip={skip!r}; expected a qualified name or glob pattern, or several of them")
-    patterns = [skip] if isinstance(skip, str) else list(skip)
+def check_patterns(modules: ModuleMap, given: str | Iterable[str], op: str, argument: str = "skip") -> list[str]:
+    """The names and patterns given as `argument`. Raises TypeError, and ValueError for one that matches no module."""
+    if not isinstance(given, Iterable):
+        raise TypeError(f"{op}: {argument}={given!r}; expected a qualified name or glob pattern, or several of them")
+    patterns = [given] if isinstance(given, str) else list(given)
     every = [name for names in modules.names.values() for name in names if name]
     for pattern in patterns:
         if not isinstance(pattern, str):
-            raise TypeError(f"{op}: skip holds {pattern!r}; expected qualified names or glob patterns (str)")
+            raise TypeError(f"{op}: {argument} holds {pattern!r}; expected qualified names or glob patterns (str)")
         if not any(covers(pattern, name) for name in every):
             close = closest(pattern, every)
             hint = f"; the closest names are {', '.join(map(repr, close))}" if close else ""
-            raise ValueError(f"{op}: skip={pattern!r} matches no module of the model{hint}")
+            raise ValueError(f"{op}: {argument}={pattern!r} matches no module of the model{hint}")
     return patterns
 
 
@@ -237,7 +241,8 @@ def _kept_reason(module: nn.Module, slots: list[Slot], takes: tuple[type[nn.Modu
     if not (hooked or parametrized) and "weight" not in module._parameters:
         return "its weight is computed, not a parameter"
     known = {"weight", "bias"}
-    known |= {"mask"} if kind is MaskedLinear else set()
+    known |= {"mask"} if isinstance(module, MaskedLinear) else set()
+    known |= {"input_scale", "input_zero_point"} if kind is FakeQuantLinear else set()
     known |= {"weight_orig", "weight_mask", "bias_orig", "bias_mask"} if hooked else set()
     known |= {"parametrizations"} if parametrized else set()
     extra = {*module._parameters, *module._buffers, *module._modules} - known
@@ -253,6 +258,8 @@ def _ours_reason(module: nn.Module) -> str:
         return f"already int8 ({module.mode})"
     if isinstance(module, SparseLinear):
         return f"already sparse ({module.dtype})"
+    if isinstance(module, FakeQuantLinear):
+        return f"is fake-quantised ({module.mode}); quantize_ makes it int8, its to_linear() float"
     return "is a MaskedLinear; sparsify_ makes it sparse, its to_linear() dense"
 
 
@@ -296,7 +303,7 @@ def memory_key(tensor: Tensor) -> tuple[object, ...]:
     return (tensor.device, pointer) if pointer else (id(tensor),)
 
 
-def _tensor_owners(modules: ModuleMap) -> dict[tuple[object, ...], list[tuple[nn.Module, str]]]:
+def tensor_owners(modules: ModuleMap) -> dict[tuple[object, ...], list[tuple[nn.Module, str]]]:
     """For each piece of memory the (module, qualified name) pairs that hold it as a parameter or buffer."""
     owners: dict[tuple[object, ...], list[tuple[nn.Module, str]]] = {}
     for module, names in modules.names.items():
@@ -307,7 +314,7 @@ def _tensor_owners(modules: ModuleMap) -> dict[tuple[object, ...], list[tuple[nn
     return owners
 
 
-def _tied_reason(module: nn.Module, owners: dict[tuple[object, ...], list[tuple[nn.Module, str]]]) -> str:
+def tied_reason(module: nn.Module, owners: dict[tuple[object, ...], list[tuple[nn.Module, str]]]) -> str:
     own = set(module.modules())  # a parametrization holds the weight in a module of its own
     for key, tensor in module.named_parameters():
         for other, name in owners[memory_key(tensor)]:
@@ -316,10 +323,12 @@ def _tied_reason(module: nn.Module, owners: dict[tuple[object, ...], list[tuple[
     return ""
 
 
-def _weight_read_reason(module: nn.Module, modules: ModuleMap, shadow: Shadow) -> str:
+def weight_read_reason(module: nn.Module, modules: ModuleMap, shadow: Shadow, keeps_weight: bool = True) -> str:
     """Whether a module above reads the layer's weight itself, as torchvision's Swin attention does.
 
     Seen are reads in its forward, and in the code of any method those through the layer's attribute.
+    keeps_weight: whether what takes the layer's place has a `weight`, float or int8, which code that knows of int8
+        weights may go on reading.
     """
     for above in modules.ancestors(module):
         traces, methods = shadow.glance(modules.names[above][0]), methods_of(above)
@@ -328,7 +337,8 @@ def _weight_read_reason(module: nn.Module, modules: ModuleMap, shadow: Shadow) -
                 if traces.reads(f"{path}.{key}"):
                     return f"{type(above).__name__}.forward reads its {key} directly"
             for method in methods:
-                if last_attribute(path) in method.tensors_of:
+                read = method.tensors_of if keeps_weight else method.tensors_of | method.int8_tensors_of
+                if last_attribute(path) in read:
                     return f"{method.label} reads its weight or bias directly"
     return ""
 

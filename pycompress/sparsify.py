@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import NoneType
 
 import torch
@@ -16,7 +16,7 @@ from pycompress.cost_core import ANY_M
 from pycompress.cost_model import DEFAULT_TOKENS, CostModel, Shape, describe_choice, form_at, model_for
 from pycompress.cost_target import target_of
 from pycompress.fuse import Edit, FusionPlan, fast_path_edits, plan_fusions
-from pycompress.nn import Int8Linear, MaskedLinear, SparseLinear
+from pycompress.nn import FakeQuantLinear, Int8Linear, MaskedLinear, SparseLinear
 from pycompress.nn.float_linear import float_weight
 from pycompress.nn.sparse_forms import backends_of
 from pycompress.nn.sparse_state import pruned_weight
@@ -71,8 +71,9 @@ def sparsify_(
     """Replace the pruned linear layers of `model` by SparseLinear, in place, and say what was done.
 
     model: whose layers hold zeros: MaskedLinear as prune_ makes them, nn.Linear or Hugging Face's Conv1D with exact
-        zeros in the weight, whatever put them there, and layers pruned by torch.nn.utils.prune or a parametrization.
-        Other layers, and those that a swap would break, are left as they are; the report gives each its reason.
+        zeros in the weight, whatever put them there, layers pruned by torch.nn.utils.prune or a parametrization, and
+        for dtype="int8" FakeQuantLinear of dynamic mode. Other layers, and those that a swap would break, are left as
+        they are; the report gives each its reason.
     dtype: of the weights that are kept: "float32", "bfloat16", "int8" (activations then too, a scale per token) or
         "float16", which is for models that will be moved to a GPU: on the CPU the reference computes it, slowly, and
         nothing is chosen by speed.
@@ -95,7 +96,11 @@ def sparsify_(
     _check_arguments(options)
     modules = ModuleMap(model)
     shadow = Shadow(model, opaque=OURS)
-    layers = select(modules, shadow, op=_OP, skip=skip, filter_fn=filter_fn, takes=(MaskedLinear,), pruned=True)
+    takes = (FakeQuantLinear, MaskedLinear)
+    layers = select(
+        modules, shadow, op=_OP, skip=skip, filter_fn=filter_fn, takes=takes, pruned=True, keeps_weight=False
+    )
+    layers = [_keep_trained(layer, dtype) for layer in layers]
     before = model_bytes(model)
     made = {layer.module: _convert(layer, options) for layer in layers if not layer.reason}
 
@@ -149,6 +154,15 @@ def _check_arguments(options: _Options) -> None:
             f"{_OP}: cost_model is a {type(options.cost_model).__name__}; expected the result of "
             "calibrate_cost_model() or default_cost_model(), or None"
         )
+
+
+def _keep_trained(layer: Layer, dtype: str) -> Layer:
+    """Leave a FakeQuantLinear that was trained for something else than the sparse layer computes."""
+    old = layer.module
+    if layer.reason or not isinstance(old, FakeQuantLinear) or (old.mode, dtype) == ("dynamic", "int8"):
+        return layer
+    instead = "dtype='int8'" if old.mode == "dynamic" else "quantize_"
+    return replace(layer, reason=f"was trained for int8 ({old.mode}); use {instead}, or its to_linear()")
 
 
 def _takes_activation(module: nn.Module) -> bool:

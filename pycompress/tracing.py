@@ -277,6 +277,7 @@ class Method:
     label: str  # Class.name
     names: frozenset[str]  # attributes, globals and string constants, those of inner functions included
     tensors_of: frozenset[str]  # each `a` whose x.a.weight, x.a.bias or x.a[0].weight it reads; '' for x[0].weight
+    int8_tensors_of: frozenset[str]  # the same, read by code that asks for torch.int8 before, as T5's does
 
     def may_reach(self, path: str) -> bool:
         """Whether it could get at the module `path` below its own; a plain index could be anything."""
@@ -311,7 +312,10 @@ def _methods_of_class(kind: type) -> tuple[Method, ...]:
 def _method(name: str, label: str, value: object) -> Method:
     codes = [code for function in _functions(value) for code in _codes(function.__code__)]
     names = frozenset(name for code in codes for name in _names_in(code))
-    return Method(name, label, names, frozenset(name for code in codes for name in _tensors_in(code)))
+    tensors: dict[bool, set[str]] = {False: set(), True: set()}
+    for code in codes:
+        tensors["int8" in code.co_names].update(_tensors_in(code))
+    return Method(name, label, names, frozenset(tensors[False]), frozenset(tensors[True]))
 
 
 def _functions(value: object, depth: int = 5) -> Iterator[types.FunctionType]:
@@ -347,8 +351,6 @@ def _names_in(code: types.CodeType) -> Iterator[str]:
 
 
 def _tensors_in(code: types.CodeType) -> Iterator[str]:
-    if "int8" in code.co_names:  # it asks for torch.int8 before it reads, as T5 does
-        return
     steps = list(dis.get_instructions(code))
     for i, step in enumerate(steps):
         if step.opname == "LOAD_ATTR" and step.argval in ("weight", "bias"):

@@ -206,3 +206,37 @@ class Adapter(nn.Module):
 def test_weight_whose_dtype_is_read_is_left():
     _, report = assert_exact(nn.Sequential(Adapter()), torch.randn(2, 16), min_swapped=2)
     assert reason(report, "0.down.default") == "Adapter.forward reads its weight directly"
+
+
+class AsksForInt8(nn.Module):
+    """As T5: it knows of int8 weights, and not of layers without any."""
+
+    def __init__(self):
+        super().__init__()
+        self.wi, self.wo = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x):
+        x = torch.tanh(self.wi(x))
+        if isinstance(self.wo.weight, torch.Tensor) and self.wo.weight.dtype != torch.int8:
+            x = x.to(self.wo.weight.dtype)
+        return self.wo(x)
+
+
+@pytest.mark.parametrize(
+    ("convert", "leaves"),
+    [
+        (pycompress.quantize_, False),
+        (pycompress.prepare_qat_, False),
+        (lambda model: pycompress.factorize_(model, rank=4), True),
+        (lambda model: pycompress.smooth_(model, [torch.randn(2, 16)], where="anywhere"), True),
+        (lambda model: pycompress.sparsify_(model, format="bitmap"), True),
+    ],
+)
+def test_code_that_asks_for_int8_keeps_a_layer_with_a_weight(convert, leaves):
+    model = nn.Sequential(AsksForInt8())
+    with torch.no_grad():
+        model[0].wi.weight[1:, ::2] = model[0].wo.weight[1:, ::2] = 0
+    report = convert(model)
+    left = {layer.name: layer.reason for layer in report.layers if layer.action == "left"}
+    assert left == ({"0.wo": "AsksForInt8.forward reads its weight or bias directly"} if leaves else {})
+    assert model(torch.randn(2, 16)).shape == (2, 16)

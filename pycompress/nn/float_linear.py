@@ -21,7 +21,7 @@ def is_conv1d(linear: nn.Module) -> bool:
 
 
 def float_weight(linear: nn.Module, caller: str) -> Tensor:
-    """The (N, K) weight of ``nn.Linear`` or of transformers' ``Conv1D``.
+    """The (N, K) weight of ``nn.Linear`` or of transformers' ``Conv1D``; of a MaskedLinear 0 where it is pruned.
 
     Raises:
         ValueError: the module has no such weight.
@@ -29,7 +29,12 @@ def float_weight(linear: nn.Module, caller: str) -> Tensor:
     weight = getattr(linear, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 2:
         raise ValueError(f"{caller}: expected an nn.Linear, got {type(linear).__name__}")
-    return weight.t() if is_conv1d(linear) else weight
+    if is_conv1d(linear):
+        return weight.t()
+    mask = getattr(linear, "mask", None)
+    if isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == weight.shape:
+        return torch.where(mask, weight, 0)
+    return weight
 
 
 def float_bias(linear: nn.Module) -> nn.Parameter | None:

@@ -15,11 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from pycompress import ops
+from pycompress.nn.fake_quant_linear import FakeQuantLinear
 from pycompress.nn.float_linear import float_bias, float_weight, make_float
 from pycompress.ops.eager import is_plain_eager
 from pycompress.ops.int8_matmul import check_options, pick
 from pycompress.ops.int8_matmul_eager import EagerPlan
 from pycompress.ops.int8_matmul_reference import Call
+from pycompress.ops.int8_matmul_weight import static_qparams, static_tensors
+
+_FROM = "Int8Linear.from_float"
 
 
 def _opens(weight: Tensor | None) -> bool:
@@ -73,9 +77,8 @@ class Int8Linear(nn.Module):
         weight = torch.zeros(out_features, in_features, dtype=torch.int8, device=device)
         self.register_buffer("_weight", weight, persistent=False)
         self.register_buffer("weight_scale", torch.ones(out_features, device=device, dtype=torch.float32))
-        static = mode == "static"
-        self.register_buffer("input_scale", torch.ones((), device=device) if static else None)
-        zero_point = torch.zeros((), dtype=torch.int32, device=device) if static else None
+        input_scale, zero_point = static_tensors((1.0, 0) if mode == "static" else None, device)
+        self.register_buffer("input_scale", input_scale)
         self.register_buffer("input_zero_point", zero_point)
         self.register_parameter("bias", nn.Parameter(torch.zeros(out_features, device=device)) if bias else None)
         self._arrange()
@@ -84,7 +87,7 @@ class Int8Linear(nn.Module):
     def from_float(
         cls,
         linear: nn.Module,
-        mode: str = "dynamic",
+        mode: str | None = None,
         activation: str | None = None,
         *,
         input_range: tuple[float, float] | None = None,
@@ -93,31 +96,38 @@ class Int8Linear(nn.Module):
         """Quantise an ``nn.Linear`` (or transformers' ``Conv1D``), which stays as it is.
 
         Args:
-            linear: the trained layer; its device, training flag and the dtype of its bias carry over.
+            linear: the trained layer; its device, training flag and the dtype of its bias carry over. A MaskedLinear is
+                taken with its mask, a FakeQuantLinear with its mode and range too.
+            mode: ``"dynamic"`` by default; of a FakeQuantLinear the one that it was trained for.
             activation: fused activation, none by default.
             input_range: least and greatest activation, needed by (and only by) static mode; ``calibrate`` finds it.
 
         Raises:
-            ValueError: an unknown option, a weight that holds NaN or Inf or is on the meta device, or a missing or
-                superfluous ``input_range``.
+            ValueError: an unknown option, a weight that holds NaN or Inf or is on the meta device, a missing or
+                superfluous ``input_range``, or another mode than a FakeQuantLinear was trained for.
         """
+        trained = linear.mode if isinstance(linear, FakeQuantLinear) else None
+        mode = mode or trained or "dynamic"
         check_options(mode, activation or "none", backend)
-        if (input_range is not None) != (mode == "static"):
+        if trained not in (None, mode):
             raise ValueError(
-                f"Int8Linear.from_float: input_range={input_range} with mode={mode!r}; static mode needs a range "
-                "(calibrate finds it), the others take none"
+                f"{_FROM}: mode={mode!r} but the layer was trained for mode={trained!r}; leave mode out, or quantise "
+                "what its to_linear() returns"
             )
-        qparams = ops.affine_qparams(*input_range) if input_range is not None else None
-        quantized, scale = ops.quantize_weight(float_weight(linear, "Int8Linear.from_float"))
+        if isinstance(linear, FakeQuantLinear) and input_range is None:
+            statics = linear.input_scale, linear.input_zero_point
+        else:
+            statics = static_tensors(static_qparams(mode, input_range, _FROM), None)
+        quantized, scale = ops.quantize_weight(float_weight(linear, _FROM))
         bias = float_bias(linear)
 
         n, k = quantized.shape
         module = cls(k, n, bias is not None, mode=mode, activation=activation or "none", backend=backend, device="meta")
         module._weight, module.weight_scale = quantized, scale
         module.bias = bias
-        if qparams is not None:
-            module.input_scale = torch.tensor(qparams[0], dtype=torch.float32, device=scale.device)
-            module.input_zero_point = torch.tensor(qparams[1], dtype=torch.int32, device=scale.device)
+        module.input_scale, module.input_zero_point = (
+            None if t is None else t.to(scale.device, copy=True) for t in statics
+        )
         module._arrange()
         return module.train(linear.training)
 

@@ -95,21 +95,24 @@ class _StraightThrough(torch.autograd.Function):
         return grad, None, None
 
 
-class _Fold(NamedTuple):
-    """Which weight and mask were folded. Holding the tensors keeps their addresses from being used again."""
+class Fold(NamedTuple):
+    """Which weight and mask were folded, or quantised.
+
+    Holding the tensors keeps their addresses from being used again.
+    """
 
     weight: Tensor
     weight_version: int
     address: int  # changes with `weight.data = ...`, which the version does not see
-    mask: Tensor
+    mask: Tensor | None
     mask_version: int
 
-    def is_for(self, weight: Tensor, mask: Tensor) -> bool:
+    def is_for(self, weight: Tensor, mask: Tensor | None) -> bool:
         return (
             self.weight is weight
             and self.mask is mask
             and self.weight_version == weight._version
-            and self.mask_version == mask._version
+            and (mask is None or self.mask_version == mask._version)
             and self.address == weight.data_ptr()
         )
 
@@ -140,7 +143,7 @@ class MaskedLinear(nn.Linear):
 
     _version = _VERSION
     mask: Tensor
-    _fold: _Fold | None
+    _fold: Fold | None
     _folded: Tensor | None  # gradient="dense": weight * mask for eval; with "masked" the weight is its own
 
     def __init__(
@@ -247,7 +250,7 @@ class MaskedLinear(nn.Linear):
         if training or self._fold is None or not self._fold.is_for(weight, mask):
             self._clear()
             # Not remembered in training: some optimizers write to weight.data, which no version tells.
-            self._fold = None if training else _fold_of(weight, mask)
+            self._fold = None if training else fold_of(weight, mask)
         return _MaskedGradient.apply(weight, mask) if trained else weight
 
     def _clear(self) -> None:
@@ -262,7 +265,7 @@ class MaskedLinear(nn.Linear):
         weight, mask = self.weight, self.mask
         if self._folded is None or self._fold is None or not self._fold.is_for(weight, mask):
             self._folded = zeroed(weight.detach(), mask)
-            self._fold = _fold_of(weight, mask)
+            self._fold = fold_of(weight, mask)
         return self._folded
 
     def train(self, mode: bool = True) -> MaskedLinear:
@@ -342,10 +345,10 @@ class MaskedLinear(nn.Linear):
         return f"{super().extra_repr()}{sparsity}{gradient}"
 
 
-def _fold_of(weight: Tensor, mask: Tensor) -> _Fold | None:
-    if weight.is_inference() or mask.is_inference():
+def fold_of(weight: Tensor, mask: Tensor | None) -> Fold | None:
+    if weight.is_inference() or (mask is not None and mask.is_inference()):
         return None  # made in inference mode, without versions: folded at every call
-    return _Fold(weight, weight._version, weight.data_ptr(), mask, mask._version)
+    return Fold(weight, weight._version, weight.data_ptr(), mask, 0 if mask is None else mask._version)
 
 
 def _check_gradient(gradient: str) -> None:

@@ -260,8 +260,10 @@ class SparseLinear(nn.Module):
         """
         return explain_layer(self, self._tokens if tokens is None else tokens, measure, self._cost_model)
 
-    def _arrange(self, measure: bool = False) -> Forms | None:
-        """Make the forms that the choice names, and drop the others. measure: the cost model may time this layer."""
+    def _arrange(self, measure: bool = False, choice: tuple[int, ...] | None = None) -> Forms | None:
+        """Make the forms that the choice names, and drop the others. measure: the cost model may time this layer;
+        choice: taken instead of what the cost model says.
+        """
         self._plan = None
         bitmap, values, threads = self.weight_bitmap, self.weight_values, torch.get_num_threads()
         state = (bitmap, values, self.weight_scale)
@@ -275,7 +277,7 @@ class SparseLinear(nn.Module):
             row_start = validate_sparse(bitmap, values, self.out_features, self.in_features)
             backends = backends_of(values, self.backend)
             if backends:
-                choices = {threads: self._choose(measure)}
+                choices = {threads: choice or self._choose(measure)}
                 old = self._forms
                 if backends == NATIVE and old is not None and old.are_of(self._buffers) and len(old.choices) < 8:
                     choices = {**old.choices, **choices}

@@ -3,6 +3,7 @@
 from pycompress.ops.distill_loss import DISTILL_BACKENDS, DistillLossParts, distill_loss
 from pycompress.ops.distill_loss_call import DIVERGENCES, REDUCTIONS, TopKLogits
 from pycompress.ops.distill_loss_native import distill_kernel_name
+from pycompress.ops.fake_quant import fake_quant_linear
 from pycompress.ops.int8_matmul import BACKENDS, MODES, int8_linear
 from pycompress.ops.int8_matmul_weight import (
     affine_qparams,
@@ -39,6 +40,7 @@ __all__ = [
     "affine_qparams",
     "distill_kernel_name",
     "distill_loss",
+    "fake_quant_linear",
     "int8_linear",
     "kernel_name",
     "linear_distill_loss",

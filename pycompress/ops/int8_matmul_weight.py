@@ -95,6 +95,32 @@ def affine_qparams(x_min: float, x_max: float) -> tuple[float, int]:
     return scale, min(max(round(-low / scale), 0), 255)
 
 
+def static_qparams(mode: str, input_range: tuple[float, float] | None, caller: str) -> tuple[float, int] | None:
+    """Scale and zero point of static mode; None for the others.
+
+    Raises:
+        ValueError: a missing or superfluous range, or one that is none.
+    """
+    if (input_range is not None) != (mode == "static"):
+        raise ValueError(
+            f"{caller}: input_range={input_range} with mode={mode!r}; static mode needs a range "
+            "(calibrate finds it), the others take none"
+        )
+    return None if input_range is None else affine_qparams(*input_range)
+
+
+def static_tensors(
+    qparams: tuple[float, int] | None, device: torch.device | str | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """``input_scale`` and ``input_zero_point`` as the operators take them; None and None without any."""
+    if qparams is None:
+        return None, None
+    scale, zero_point = qparams
+    return torch.tensor(scale, dtype=torch.float32, device=device), torch.tensor(
+        zero_point, dtype=torch.int32, device=device
+    )
+
+
 def aligned(packed: Tensor) -> Tensor:
     """``packed`` itself where the kernels can read it, else a copy that they can.
 

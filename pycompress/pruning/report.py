@@ -13,8 +13,8 @@ from pycompress.nn import MaskedLinear
 from pycompress.nn.float_linear import is_conv1d
 from pycompress.pruning.choose import HeadNames
 from pycompress.pruning.patterns import Pattern
-from pycompress.pruning.swap import Found
-from pycompress.report import starred
+from pycompress.pruning.swap import Found, masked_layers
+from pycompress.report import described, grouped, starred
 from pycompress.text_table import TextTable
 
 
@@ -88,23 +88,19 @@ class PruneReport(TextTable):
 
     def rows(self) -> list[tuple[str, ...]]:
         """The table as text; layers that differ only by a number in their name share one row."""
-        groups: dict[tuple[object, ...], list[PrunedLayer]] = {}
-        for layer in self.layers:
-            key = starred(layer.name), layer.action, starred(layer.reason), layer.shape, layer.pattern
-            groups.setdefault(key, []).append(layer)
-        return [_row(group) for group in groups.values()]
+        return [_row(group) for group in grouped(self.layers, _alike)]
 
     def is_dim(self, row: tuple[str, ...]) -> bool:
         return row[self.header.index("action")] == "left"
 
 
+def _alike(layer: PrunedLayer) -> tuple[object, ...]:
+    return layer.action, starred(layer.reason), layer.shape, layer.pattern
+
+
 def _row(group: Sequence[PrunedLayer]) -> tuple[str, ...]:
     first = group[0]
-    name, reason = first.name, first.reason
-    if len(group) > 1:
-        name, reason = starred(name), starred(reason)
-    elif first.aliases:
-        name += f" (= {', '.join(first.aliases)})"
+    name, reason = described(group)
     shape = "x".join(map(str, first.shape))
     if first.action == "left":
         return name, str(len(group)), shape, first.action, "", "", "", "", "", reason
@@ -143,8 +139,7 @@ def report_of(
 ) -> PruneReport:
     """The masks of a model as they are: a row for each of its MaskedLinear layers, none for the others."""
     parsed = Pattern.parse(pattern)
-    by_module = {module: name for name, module in model.named_modules() if isinstance(module, MaskedLinear)}
-    rows = [_pruned(name, module, parsed, None, "", ()) for module, name in by_module.items()]
+    rows = [_pruned(name, module, parsed, None, "", ()) for name, module in masked_layers(model).items()]
     return PruneReport(parsed.text, method, scope, rows)
 
 

@@ -44,8 +44,11 @@ class Found:
 
 
 def masked_layers(model: nn.Module) -> dict[str, MaskedLinear]:
-    """Every MaskedLinear of the model by its first qualified name, in the model's order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, MaskedLinear)}
+    """Every MaskedLinear of the model by its first qualified name, in the model's order; no FakeQuantLinear that has no
+    mask.
+    """
+    modules = model.named_modules()
+    return {name: m for name, m in modules if isinstance(m, MaskedLinear) and m.mask is not None}
 
 
 def find_layers(
