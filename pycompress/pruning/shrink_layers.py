@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -78,7 +80,11 @@ class Draft:
             new.bias = nn.Parameter(self.bias.clone(), trained)
         new.train(old.training)
         if isinstance(old, MaskedLinear) and (mask := self.mask) is not None:
-            return MaskedLinear.from_linear(new, mask, old.gradient)
+            new = MaskedLinear.from_linear(new, mask, old.gradient)
+        if self.is_changed:  # for structure.py: the size that the model's class gives the layer
+            for side in ("out_features", "in_features"):
+                first: Any = getattr(old, f"original_{side}", getattr(old, side))
+                setattr(new, f"original_{side}", first)
         return new
 
 
