@@ -1,4 +1,4 @@
-"""The `pycompress` command: demo, info, bench."""
+"""The `pycompress` command: compress, report, demo, info, bench."""
 
 import importlib
 import importlib.util
@@ -103,6 +103,57 @@ def demo_prune(
 
     try:
         run(out, seeds=seeds, threads=threads, quick=quick)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise _fail(str(error)) from error
+
+
+@app.command()
+def compress(
+    config: Annotated[
+        Path, typer.Argument(help="YAML: the recipe, and where its functions are.", metavar="CONFIG.yaml")
+    ],
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; the file's out:, or runs/CONFIG.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Instead of the recipe's.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Runs this many seeds, each in OUT/seed-N.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads for torch and the kernels.")] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin anew where OUT holds a run.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Check the file and what it names; load no model.")] = False,
+) -> None:
+    """Compress a model as a recipe says: train, prune, quantise, evaluate, report. Goes on where a run stopped.
+
+    CONFIG.yaml holds a recipe (stages, seed, measure) and where its functions are: model, and as the stages need them
+    teacher, train_batches, calibration, eval_fn, loss_fn, each as file.py:name (relative to CONFIG.yaml),
+    package.module:name, or {call: "file.py:name", key: value} with arguments. A function with a parameter seed gets
+    the recipe's. Ctrl-C finishes the step and saves it; the same command goes on from there.
+    """
+    from pycompress.workflow import CompressError, command
+    from pycompress.workflow.config import place_of
+
+    try:
+        task = command.prepare(config, seed, threads)
+        if check:
+            typer.echo(f"{config}: no mistake found; {command.describe(task)}")
+            return
+        command.run(task, out, seeds, restart)
+    except KeyboardInterrupt as interrupt:
+        _errors.print(escape(str(interrupt) or "interrupted; the same command goes on from here"), style="yellow")
+        raise typer.Exit(130) from None
+    except CompressError as error:
+        raise _fail(str(error) + place_of(error.__cause__)) from error
+    except (RuntimeError, ValueError, TypeError, OSError) as error:
+        raise _fail(str(error)) from error
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.", metavar="RUN")],
+    out: Annotated[Path | None, typer.Option(help="Folder for report.html and report.json; RUN by default.")] = None,
+) -> None:
+    """Write what a run gained as a page, report.html, and as report.json."""
+    from pycompress.run_report import write_report
+
+    try:
+        typer.echo(write_report(run, out))
     except (RuntimeError, ValueError, OSError) as error:
         raise _fail(str(error)) from error
 

@@ -18,7 +18,7 @@ runner = CliRunner()
 def test_help_lists_the_commands() -> None:
     result = runner.invoke(cli.app, ["--help"])
     assert result.exit_code == 0
-    for command in ("demo", "info", "bench"):
+    for command in ("compress", "report", "demo", "info", "bench"):
         assert command in result.output
 
 

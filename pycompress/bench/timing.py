@@ -9,7 +9,8 @@ import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from statistics import median
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -44,10 +45,11 @@ class Stats:
 
 @dataclass(frozen=True)
 class Timing(Generic[T]):
-    """`stats[name]` per runner, and what `probe` returned in each round."""
+    """`stats[name]` per runner, what `probe` returned in each round, and each runner's median call by round."""
 
     stats: dict[str, Stats]
     probes: list[T]
+    by_round: dict[str, list[float]] = field(default_factory=dict)
 
 
 def quantile(ordered: Sequence[float], q: float) -> float:
@@ -81,22 +83,25 @@ def _timed(run: Callable[[], object]) -> float:
 def time_round_robin(
     runners: Mapping[str, Runner],
     *,
-    seconds: float,
+    seconds: float = 0.0,
+    rounds: int | None = None,
     probe: Callable[[], T],
     seed: int = 0,
     burst_seconds: float = BURST_SECONDS,
 ) -> Timing[T]:
     """Times the runners for about `seconds`, at least MIN_ROUNDS rounds; calls `probe` once in each round.
 
+    rounds: exactly so many, however long they take.
     burst_seconds: how long a runner goes on in each round, at least one call.
     """
     cost = {name: min(_timed(r.run), _timed(r.run)) for name, r in runners.items()}
     burst = {name: max(1, min(MAX_BURST, math.ceil(burst_seconds / max(c, 1e-9)))) for name, c in cost.items()}
     probe_cost = _timed(probe)
     per_round = probe_cost + sum(c * (burst[n] + (c < WARM_UP_BELOW_SECONDS)) for n, c in cost.items())
-    rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / per_round)))
+    if rounds is None:
+        rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / per_round)))
 
-    samples: dict[str, list[float]] = {name: [] for name in runners}
+    samples: dict[str, list[list[float]]] = {name: [] for name in runners}
     probes: list[T] = []
     order = random.Random(seed)
     collecting = gc.isenabled()
@@ -112,8 +117,9 @@ def time_round_robin(
                     pool = runner.pool
                 if cost[name] < WARM_UP_BELOW_SECONDS:
                     runner.run()
-                samples[name] += [_timed(runner.run) for _ in range(burst[name])]
+                samples[name].append([_timed(runner.run) for _ in range(burst[name])])
     finally:
         if collecting:
             gc.enable()
-    return Timing({name: summarise(s) for name, s in samples.items()}, probes)
+    stats = {name: summarise([call for burst in bursts for call in burst]) for name, bursts in samples.items()}
+    return Timing(stats, probes, {name: [median(b) for b in bursts] for name, bursts in samples.items()})
