@@ -4,8 +4,9 @@
 #   PYTHON=python3.12    the interpreter that .venv is made with
 #   TORCH=torch==2.6.0   the torch to install
 #   TORCH_INDEX=URL      where to get it: PyTorch's CPU index saves a download of several GB on Linux
-#   ARGS="-k static"     handed on to pytest, `pycompress demo`, the benchmarks or gpu-check
+#   ARGS="-k static"     handed on to pytest, `pycompress demo`, `pycompress compress`, the benchmarks or gpu-check
 #   BENCH=distill_loss   the benchmarks to run, by default all
+#   EXAMPLE=digits       which of examples/ `make example` runs
 #   CUDA=ON              whether to build the CUDA module: AUTO, ON or OFF. By default AUTO, where nvcc is found; but
 #                        .venv goes without it beside a torch for CPUs, which has no GPU tensors to hand to it
 #   CUDA_TARGETS=90a     the GPUs it is for, as CMake's CMAKE_CUDA_ARCHITECTURES; by default all, see cmake/cuda.cmake
@@ -15,6 +16,7 @@ TORCH_INDEX ?=
 VENV ?= .venv
 ARGS ?=
 BENCH ?= int8_matmul distill_loss sparse_linear
+EXAMPLE ?= digits
 CUDA ?=
 CUDA_TARGETS ?=
 
@@ -31,7 +33,7 @@ CUDA_HERE = $(eval CUDA_HERE := $(or $(CUDA),$(shell $(PY) -c $(ASK_TORCH))))$(C
 ASK_TORCH := 'import torch; print("AUTO" if torch.version.cuda else "OFF")'
 TARGETS_OPTION = $(if $(CUDA_TARGETS),'--config-settings=cmake.define.CMAKE_CUDA_ARCHITECTURES=$(CUDA_TARGETS)')
 
-.PHONY: help demo test cpp-test gpu-check gpu-tables bench lint format wheel clean distclean
+.PHONY: help demo example test cpp-test gpu-check gpu-tables bench lint format wheel clean distclean
 .NOTPARALLEL:  # two pip runs in one environment would trip over each other; the compiler runs in parallel anyway
 .DELETE_ON_ERROR:
 
@@ -39,6 +41,7 @@ help:
 	@echo "make demo      a real sentence encoder, fp32 against int8, side by side"
 	@echo "               ARGS=prune: the encoder pruned, and a classifier pruned while it trains"
 	@echo "               ARGS=distill: a student taught by a teacher, and what the loss costs"
+	@echo "make example   examples/digits compressed end to end; EXAMPLE=minilm_sparse, minilm_student: a sentence encoder"
 	@echo "make test      the test suite"
 	@echo "make cpp-test  the C++ tests, with address and undefined-behaviour sanitizers"
 	@echo "make gpu-check on a machine with a GPU, with the torch that PYTHON has: tests, compute-sanitizer, benchmarks"
@@ -50,6 +53,9 @@ help:
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/pycompress demo $(ARGS)
+
+example: $(VENV)/.demo
+	$(VENV)/bin/pycompress compress examples/$(EXAMPLE)/recipe.yaml $(ARGS)
 
 test: $(VENV)/.test
 	$(PY) -m pytest $(ARGS)

@@ -33,7 +33,7 @@ def test_metadata() -> None:
     assert (Path(pycompress.__file__).parent / "py.typed").is_file()
     requires = importlib.metadata.requires("pycompress") or []
     needed = {r.split(">")[0].split(";")[0].strip() for r in requires if "extra ==" not in r}
-    assert needed == {"torch", "numpy", "rich", "typer"}
+    assert needed == {"torch", "numpy", "rich", "typer", "pydantic", "pyyaml", "jinja2"}
 
 
 def run_python(code: str, folder: Path) -> str:
@@ -47,6 +47,7 @@ def test_import_is_light(tmp_path: Path) -> None:
     run_python(
         "import sys, pycompress, torch\n"
         "heavy = {'triton', 'transformers', 'matplotlib', 'onnxruntime', 'openvino', 'torchao'} & set(sys.modules)\n"
+        "heavy |= {'pydantic', 'yaml', 'jinja2', 'pycompress.workflow', 'pycompress.recipe'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
         "assert not torch.cuda.is_initialized()\n"
         "assert torch.get_num_threads() >= 1\n",
