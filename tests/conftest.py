@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from pycompress import _native, cost_calibration, cost_model
+from pycompress import _native, cost_calibration, cost_model, info
 from pycompress import gpu as gpu_backends
 from pycompress.cost_core import Fit
+from pycompress.demo import distill_digits
 from tests.cost_fakes import model_of
 from tests.gpu import Gpu, emulated_cuda
 
@@ -52,6 +54,32 @@ def _no_measuring(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.Temp
     """Built-in figures for the cost model: a test calibrates nothing, and the user's cache stays as it is."""
     monkeypatch.setenv("PYCOMPRESS_COST_MODEL", "builtin")
     monkeypatch.setenv("PYCOMPRESS_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """On a busy machine two threads wait for each other longer than they compute."""
+    with distill_digits.one_thread():
+        yield
+
+
+@pytest.fixture
+def no_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asking every backend takes longer than a small run of compress()."""
+    monkeypatch.setattr(info, "collect", dict)
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The digest of the final model of tests/workflow_runs.py without any interruption."""
+    from tests import workflow_runs
+
+    with pytest.MonkeyPatch.context() as patch, distill_digits.one_thread():
+        patch.setenv("PYCOMPRESS_COST_MODEL", "builtin")
+        patch.setattr(info, "collect", dict)
+        folder = tmp_path_factory.mktemp("whole")
+        workflow_runs.run(folder / "run")
+        return workflow_runs.digest(folder / "run" / "model.safetensors")
 
 
 @pytest.fixture

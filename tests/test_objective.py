@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pycompress.demo.distill_digits import one_thread
 from pycompress.nn import DistillationLoss
 from pycompress.nn.feature_losses import AttentionLoss
 from pycompress.recipe.sections import Attention, Distillation, Hidden
@@ -19,13 +17,8 @@ from pycompress.workflow.objective import Objective
 from pycompress.workflow.rng import rng_state
 from tests.workflow_models import Encoder, Lm, ids, net, token_batch
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 X, LABELS = torch.randn(6, 12, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 1, 2, 3, 4, 0])
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 def value(objective: Objective, batch: Any) -> tuple[float, dict[str, float]]:

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from pycompress.demo.distill_digits import one_thread
 from pycompress.recipe.sections import Attention, Distillation, Hidden
 from pycompress.workflow.objective import Objective
 from tests.workflow_models import Encoder, Lm, ids, net, token_batch
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def parts(batch: Any, sizes: list[int]) -> list[Any]:

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from pycompress.demo.distill_digits import one_thread
 from pycompress.recipe.sections import Attention, Distillation, Hidden
 from pycompress.workflow.objective import Objective
 from tests.workflow_models import Encoder, net, token_batch
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
-
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 X, LABELS = torch.randn(6, 12, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 1, 2, 3, 4, 0])
 
 

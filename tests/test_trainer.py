@@ -4,64 +4,24 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 
-from pycompress.demo.distill_digits import one_thread
 from pycompress.nn import DistillationLoss
 from pycompress.pruning.schedule import PruningSchedule
 from pycompress.recipe.sections import Distillation, Hidden, Train
-from pycompress.workflow.batches import EpochBatches
-from pycompress.workflow.objective import Objective
 from pycompress.workflow.optimiser import LearningRate, clip_norm_, frozen_names, total_steps
-from pycompress.workflow.trainer import StepInfo, Trainer
+from pycompress.workflow.trainer import StepInfo
+from tests.trainer_helpers import go_on, pairs, same, trainer_of, weights
 from tests.workflow_models import Encoder, net, token_batch
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
-
-
-def pairs(count: int = 5, size: int = 8) -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(9)
-    return [
-        (torch.randn(size, 12, generator=generator), torch.randint(5, (size,), generator=generator))
-        for _ in range(count)
-    ]
-
-
-def trainer_of(
-    model: nn.Module,
-    train: Train,
-    *,
-    d: Distillation | None = None,
-    teacher: nn.Module | None = None,
-    loss_fn: Any = None,
-    batches: Any = None,
-    make_schedule: Any = None,
-) -> Trainer:
-    batches = pairs() if batches is None else batches
-    objective = Objective.make(d, model, teacher, loss_fn, batches[0])
-    return Trainer(model, train, objective, EpochBatches(batches, 0), make_schedule=make_schedule)
-
-
-def go_on(info: StepInfo) -> bool:
-    return True
-
-
-def weights(model: nn.Module) -> list[Tensor]:
-    return [tensor.detach().clone() for tensor in (*model.parameters(), *model.buffers())]
-
-
-def same(a: list[Tensor], b: list[Tensor]) -> bool:
-    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 # ---- a step is a hand-written one -----------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from pycompress.demo.distill_digits import one_thread
 from pycompress.pruning.schedule import PruningSchedule
 from pycompress.recipe.sections import Distillation, Hidden, Train
 from pycompress.workflow.batches import EpochBatches, first_batch
@@ -22,13 +21,7 @@ from pycompress.workflow.rng import seed_all
 from pycompress.workflow.trainer import Trainer, TrainingError
 from tests.workflow_models import net
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
-
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 24
 Make = Callable[[], tuple[nn.Module, Trainer]]
 

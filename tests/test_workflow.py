@@ -8,7 +8,6 @@ import json
 import random
 import signal
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,13 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from pycompress import info
 from pycompress.model_file import load_model, save_model
 from pycompress.nn import FakeQuantLinear, MaskedLinear
 from pycompress.recipe import Finetune, Prune, Quantize, Recipe
 from pycompress.workflow import CompressResult, StageRecord, compress
 from tests.workflow_runs import QUIET, RECIPE, accuracy, make_data, make_loader, make_model, run
+
+pytestmark = pytest.mark.usefixtures("one_thread", "no_machine")
 
 
 @pytest.fixture(scope="module")
@@ -32,21 +32,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> CompressResult:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYCOMPRESS_COST_MODEL", "builtin")
         return run(tmp_path_factory.mktemp("finished") / "run")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """On a busy machine two threads wait for each other longer than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def _no_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Asking every backend takes longer than a run, and `finished` has done it."""
-    monkeypatch.setattr(info, "collect", dict)
 
 
 def test_every_stage_is_recorded(finished: CompressResult) -> None:

@@ -17,35 +17,12 @@ from typing import Any
 import pytest
 import torch
 
-from pycompress import info
 from pycompress.workflow import CompressError
 from pycompress.workflow.interrupt import Interrupt
 from tests.workflow_runs import QUIET, STAGES, digest, fork, make_loader, run
 
+pytestmark = pytest.mark.usefixtures("one_thread", "no_machine")
 REPOSITORY = Path(__file__).parent.parent
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def _no_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(info, "collect", dict)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYCOMPRESS_COST_MODEL", "builtin")
-        patch.setattr(info, "collect", dict)
-        folder = tmp_path_factory.mktemp("whole")
-        run(folder / "run")
-        return digest(folder / "run" / "model.safetensors")
 
 
 # ---- Ctrl-C -----------------------------------------------------------------------------------------------------

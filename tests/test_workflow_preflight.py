@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from pycompress.workflow import PreflightError, compress
 from tests.workflow_models import Encoder, token_batch
 from tests.workflow_runs import QUIET, accuracy, make_data, make_loader, make_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TRAIN = {"steps": 2}
 
 
@@ -25,14 +25,6 @@ def refused(out: Path, stages: list[Any], message: str, kind: type[Exception] = 
     with pytest.raises(kind, match=message):
         compress(model, {"stages": stages, **QUIET}, out=out, progress=False, **options)
     assert not out.exists()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

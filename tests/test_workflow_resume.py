@@ -18,29 +18,7 @@ from pycompress.sparsify import sparsify_ as real
 from pycompress.workflow import CompressError, PreflightError
 from tests.workflow_runs import QUIET, RECIPE, STAGES, accuracy, digest, make_loader, make_model, run
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def _no_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(info, "collect", dict)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What the final model is without any interruption."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYCOMPRESS_COST_MODEL", "builtin")
-        patch.setattr(info, "collect", dict)
-        folder = tmp_path_factory.mktemp("whole")
-        run(folder / "run")
-        return digest(folder / "run" / "model.safetensors")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_machine")
 
 
 class Broken(Exception): ...

@@ -8,7 +8,6 @@ All choices were made by the validation sentences.
 
 import copy
 from collections.abc import Iterator
-from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from torch.nn import functional
 from transformers.modeling_outputs import MaskedLMOutput
 
 from pycompress.demo import english
-from pycompress.demo.encoder import Batch, Encoder
+from pycompress.demo.encoder import Batch
 
 SENTENCES, LENGTH = 32, 48  # a batch; tokens, which few sentences exceed
 LAYERS = (0, 3, 5)  # of the teacher's six; without any training nearer to it than 0, 2, 4 or 1, 3, 5
@@ -51,25 +50,12 @@ class LanguageModel(nn.Module):
         return MaskedLMOutput(loss=loss, logits=logits, hidden_states=states.hidden_states)
 
 
-@cache
-def published() -> Encoder:
-    """The encoder as it is published, less the pooler, which sentence embeddings do not use, and without dropout,
-    which is only in the way of fitting states exactly.
-    """
-    loaded = Encoder()
-    loaded.model.pooler = None
-    for module in loaded.model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return loaded
-
-
 def teacher() -> nn.Module:
-    return LanguageModel(published().model).eval()
+    return LanguageModel(english.encoder().model).eval()
 
 
 def student() -> nn.Module:
-    encoder = copy.deepcopy(published().model)
+    encoder = copy.deepcopy(english.encoder().model)
     encoder.encoder.layer = nn.ModuleList(encoder.encoder.layer[i] for i in LAYERS)
     encoder.config.num_hidden_layers = len(LAYERS)
     return LanguageModel(encoder).eval()
@@ -78,7 +64,7 @@ def student() -> nn.Module:
 def masked(batch: Batch, hidden: float = MASKED) -> Batch:
     """The batch with 15 % of its words to be predicted, drawn from torch's generator; `hidden` of them are masked."""
     ids = batch["input_ids"]
-    tokenizer = published().tokenizer
+    tokenizer = english.encoder().tokenizer
     special = torch.tensor(tokenizer.all_special_ids)
     asked = (torch.rand(ids.shape) < 0.15) & ~torch.isin(ids, special)
     asked[0, 1] = True  # a loss needs one
@@ -95,29 +81,21 @@ def masked(batch: Batch, hidden: float = MASKED) -> Batch:
 
 def train_batches(epoch: int, quick: bool = False) -> Iterator[Batch]:
     """The training sentences once; all is drawn from torch's generator, which is seeded by the epoch."""
-    for batch in english.batches(published(), english.parts(quick).train, SENTENCES, LENGTH):
+    for batch in english.batches(english.encoder(), english.parts(quick).train, SENTENCES, LENGTH):
         yield masked(batch)
 
 
 def sentences(quick: bool = False) -> list[Batch]:
     """A batch of validation sentences as they are: what the student is timed with."""
-    batch = published().tokenize(english.parts(quick).validation[:SENTENCES], LENGTH)
+    batch = english.encoder().tokenize(english.parts(quick).validation[:SENTENCES], LENGTH)
     return [{"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}]
-
-
-@cache
-def expected(part: str, quick: bool) -> Tensor:
-    return published().embed(published().model, getattr(english.parts(quick), part))
 
 
 def quality(model: nn.Module, quick: bool = False) -> dict[str, float]:
     """Of the sentence embeddings to the teacher's; and how many masked words of the first 640 sentences are found."""
-    found = {}
+    found = english.similarity(model.encoder, quick)
     for part in ("test", "validation"):
-        texts = getattr(english.parts(quick), part)
-        kept = english.kept(expected(part, quick), published().embed(model.encoder, texts))
-        found |= {f"{part} {name}": value for name, value in kept.items()}
-        found[f"{part} masked words %"] = 100 * words_found(model, texts[:640])
+        found[f"{part} masked words %"] = 100 * words_found(model, getattr(english.parts(quick), part)[:640])
     return found
 
 
@@ -126,7 +104,7 @@ def words_found(model: nn.Module, texts: list[str]) -> float:
     right = asked = 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # the same words each time
-        for batch in english.batches(published(), texts, SENTENCES, LENGTH):
+        for batch in english.batches(english.encoder(), texts, SENTENCES, LENGTH):
             batch = masked(batch, hidden=1.0)
             there = batch["words"] != NO_WORD
             likeliest = model(**batch).logits[there].argmax(1)

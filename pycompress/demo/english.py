@@ -1,4 +1,5 @@
-"""What the MiniLM examples share: English sentences in three parts, in batches, and what was kept of the embeddings.
+"""What the MiniLM examples share: the encoder, English sentences in three parts, in batches, and what is kept of the
+embeddings.
 
 The sentences are those that come with Python (sentences.py). Which part one belongs to is decided by its hash, so the
 parts stay what they are when another Python brings a few sentences more or less.
@@ -10,7 +11,7 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pycompress.demo import measure, sentences
 from pycompress.demo.encoder import Batch, Encoder
@@ -35,6 +36,19 @@ def parts(quick: bool = False) -> Parts:
     return found
 
 
+@cache
+def encoder() -> Encoder:
+    """all-MiniLM-L6-v2 as it is published, less the pooler, which sentence embeddings do not use, and without dropout,
+    which is only in the way of fitting states exactly.
+    """
+    loaded = Encoder()
+    loaded.model.pooler = None  # type: ignore[assignment]
+    for module in loaded.model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return loaded
+
+
 def batches(encoder: Encoder, texts: Sequence[str], size: int, length: int) -> Iterator[Batch]:
     """The sentences once, in batches of `size` that are alike in length, cut to `length` tokens; a rest is left out.
 
@@ -48,6 +62,20 @@ def batches(encoder: Encoder, texts: Sequence[str], size: int, length: int) -> I
     for at in torch.randperm(len(found)).tolist():
         chosen = [texts[i] for i in found[at]]
         yield dict(encoder.tokenizer(chosen, padding=True, truncation=True, max_length=length, return_tensors="pt"))
+
+
+@cache
+def _expected(part: str, quick: bool) -> Tensor:
+    return encoder().embed(encoder().model, getattr(parts(quick), part))
+
+
+def similarity(model: nn.Module, quick: bool = False) -> dict[str, float]:
+    """Of the model's embeddings of test and validation sentences to those of the encoder as it is published."""
+    found: dict[str, float] = {}
+    for part in ("test", "validation"):
+        actual = encoder().embed(model, getattr(parts(quick), part))
+        found |= {f"{part} {name}": value for name, value in kept(_expected(part, quick), actual).items()}
+    return found
 
 
 def kept(expected: Tensor, actual: Tensor) -> dict[str, float]:

@@ -143,7 +143,7 @@ def _check_training(stages: list[tuple[int, Stage]], job: Job) -> None:
             with torch.enable_grad():  # as in training: attention maps are looked at then
                 loss, _ = objective(batch)
             if not bool(torch.isfinite(loss)):
-                raise ValueError(f"the first batch's loss is {float(loss)}; check the batch, the model and loss_fn")
+                raise ValueError(f"the first batch's loss is {loss.item()}; check the batch, the model and loss_fn")
             schedule = None
             if isinstance(stage, Prune) and (not factored or _names_are_there(stage, student)):
                 turn_conv1d_(stage, student)
