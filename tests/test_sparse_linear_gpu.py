@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -41,7 +41,7 @@ SHAPES = [(0, 8, 8), (1, 1, 1), (15, 17, 31), (33, 19, 127), (3, 5, 2501), (4, 9
 def two_of_four(n: int, k: int, kept: float = 0.8) -> Tensor:
     """At most two of each four neighbours, ragged at the edge."""
     order = torch.rand(n, -(-k // 4), 4).argsort(2)
-    mask = (order < 2).reshape(n, -1)[:, :k]
+    mask = (order < 2).flatten(1)[:, :k]
     return (mask & (torch.rand(n, k) < kept)).contiguous()
 
 
@@ -226,6 +226,8 @@ def test_uneven_rows(gpu: Gpu) -> None:
     m=st.integers(0, 20), n=st.integers(0, 40), k=st.integers(0, 150), sparsity=st.floats(0, 1),
     pair=st.sampled_from(PAIRS), form=st.sampled_from(["bitmap", "index"]), bias=st.sampled_from([None, F32, BF16]),
 )  # fmt: skip
+@example(m=0, n=0, k=0, sparsity=0.0, pair=(F32, F32), form="index", bias=None)
+@example(m=3, n=0, k=9, sparsity=0.5, pair=(F32, F32), form="index", bias=F32)
 def test_any_shape(
     gpu: Gpu, m: int, n: int, k: int, sparsity: float, pair: tuple[torch.dtype, torch.dtype], form: str, bias: Any
 ) -> None:
