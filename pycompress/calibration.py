@@ -182,7 +182,10 @@ def with_progress(items: Iterable[Item], progress: bool, what: str) -> Iterable[
     from rich.console import Console
     from rich.progress import track
 
-    return track(items, description=what, console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    if not console.is_terminal:  # where track would leave an empty line
+        return items
+    return track(items, description=what, console=console, transient=True)
 
 
 def feed(model: nn.Module, batch: Batch, op: str) -> Any:

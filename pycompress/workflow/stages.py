@@ -101,7 +101,7 @@ def _low_rank(stage: LowRank, model: nn.Module, bench: Bench) -> Done:
         ratio=stage.ratio,
         batches=bench.job.inputs() if stage.activation_aware else None,
         skip=stage.skip,
-        progress=False,
+        progress=bench.job.progress,
     )
     return Done(report.summary())
 
@@ -230,7 +230,7 @@ def _qat(stage: Qat, model: nn.Module, bench: Bench) -> Done:
 
 
 def _ranges(model: nn.Module, bench: Bench, skip: Iterable[str], method: str = "minmax") -> Calibration:
-    return calibrate(model, bench.inputs(), method, skip=tuple(skip), progress=False)
+    return calibrate(model, bench.inputs(), method, skip=tuple(skip), progress=bench.job.progress)
 
 
 # ---- conversions ------------------------------------------------------------------------------------------------
@@ -247,7 +247,8 @@ def _quantize(stage: Quantize, model: nn.Module, bench: Bench) -> Done:
         from pycompress.smooth import smooth_
 
         where, skip = stage.smooth_where, stage.skip
-        notes.append(smooth_(model, bench.inputs(), stage.smooth, where=where, skip=skip, progress=False).summary())
+        shown = bench.job.progress
+        notes.append(smooth_(model, bench.inputs(), stage.smooth, where=where, skip=skip, progress=shown).summary())
     ranges = _ranges(model, bench, stage.skip, stage.method) if stage.mode == "static" else None
     mode: str | Mapping[str, str] = stage.mode
     if stage.sensitivity is not None:
@@ -288,7 +289,9 @@ def _chosen_modes(
     from pycompress.sensitivity_report import TargetNotReachedError
 
     modes = tuple(dict.fromkeys((stage.mode, *(mode for mode in wanted.gentler if mode != FLOAT))))
-    found = sensitivity(model, bench.inputs(), modes=modes, skip=stage.skip, calibration=ranges, progress=False)
+    found = sensitivity(
+        model, bench.inputs(), modes=modes, skip=stage.skip, calibration=ranges, progress=bench.job.progress
+    )
     try:
         choice = found.choose(wanted.target, wanted.gentler, wanted.max_bytes)
     except TargetNotReachedError as error:
