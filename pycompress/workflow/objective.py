@@ -21,7 +21,7 @@ the others.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -40,6 +40,7 @@ from pycompress.workflow.outputs import MaskFinder, call, logits_of, loss_of
 from pycompress.workflow.task_loss import FUNCTION, IGNORE, NONE, OWN, PLAIN, SHIFTED, LossFn
 
 Terms = dict[str, Tensor]
+Reduce = Callable[[list[float]], list[float]]
 
 
 class Share(NamedTuple):
@@ -107,6 +108,15 @@ class Objective(nn.Module):
     @property
     def student(self) -> nn.Module:
         return self._models[0]
+
+    def run_student_by(self, wrapper: nn.Module) -> None:
+        """From now on through what wraps it, as DistributedDataParallel does; the bare model will do too."""
+        self._models = (wrapper, self._models[1])
+
+    @property
+    def asked(self) -> frozenset[str]:
+        """The outputs that models return for its terms only."""
+        return frozenset(key.removeprefix("output_") for key in self._ask)
 
     @property
     def teacher(self) -> nn.Module | None:
@@ -186,9 +196,14 @@ class Objective(nn.Module):
 
         share: of a step over several batches, as :meth:`share_out` gives it; the values are then this batch's part.
         """
+        loss, terms, _ = self.run(batch, share)
+        return loss, terms
+
+    def run(self, batch: Any, share: Share | None = None) -> tuple[Tensor, Terms, Any]:
+        """As :meth:`forward`, with the student's output besides."""
         if self._unheard():
             with self.listening():
-                return self(batch, share)
+                return self.run(batch, share)
         inputs, labels = split_batch(batch, self._keep_labels)
         told = told_states = None
         if self.distils:  # before the student's activations take up memory
@@ -214,7 +229,7 @@ class Objective(nn.Module):
             term = self.attention(output, told, self._mask_of(inputs), weights)
             terms["attention"] = term.detach()
             loss = _add(loss, term if self.attention.weight == 1 else self.attention.weight * term)
-        return torch.zeros(()) if loss is None else loss, terms
+        return torch.zeros(()) if loss is None else loss, terms, output
 
     def _logit_terms(
         self, output: Any, told: Any, inputs: Any, labels: Any, share: Share | None, terms: Terms
@@ -266,15 +281,24 @@ class Objective(nn.Module):
 
     # ---- steps over several batches ---------------------------------------------------------------------------
 
-    def share_out(self, batches: Sequence[Any]) -> list[Share]:
-        """The share that each of a step's batches has in it."""
+    def share_out(self, batches: Sequence[Any], mean_over_processes: Reduce | None = None) -> list[Share]:
+        """The share that each of a step's batches has in it.
+
+        mean_over_processes: of a vector, where a step is spread over processes whose gradients are averaged. All of
+            them call this at the same time.
+        """
         counts = [self._counts(batch) for batch in batches]
-        tokens_of_step, task_of_step = sum(c.tokens for c in counts), sum(c.task for c in counts)
-        hidden, attention = shares.weights([c.hidden for c in counts]), shares.weights([c.attention for c in counts])
-        return [
-            Share(c.tokens, tokens_of_step, c.task / max(task_of_step, 1), h, a)
-            for c, h, a in zip(counts, hidden, attention, strict=True)
-        ]
+        rows = [[c.tokens, c.task, *c.hidden, *c.attention] for c in counts]
+        totals = [sum(column) for column in zip(*rows, strict=True)]
+        if mean_over_processes is not None:
+            totals = mean_over_processes(totals)
+        smallest = 1.0 if mean_over_processes is None else 1e-9  # a mean of whole numbers may be less than 1
+        found = []
+        for row, count in zip(rows, counts, strict=True):
+            weights = [part / max(total, smallest) for part, total in zip(row, totals, strict=True)]
+            hidden, attention = weights[2 : 2 + len(count.hidden)], weights[2 + len(count.hidden) :]
+            found.append(Share(count.tokens, totals[0], weights[1], hidden, attention))
+        return found
 
     def _counts(self, batch: Any) -> shares.Counts:
         inputs, labels = split_batch(batch, self._keep_labels)

@@ -8,7 +8,7 @@ its tokens, as an image's patches, are as many for each.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -61,12 +61,6 @@ def unmasked(inputs: Any) -> tuple[float, int]:
 def samples(inputs: Any) -> float:
     first = _first(inputs)
     return 1 if first is None or first.dim() == 0 else first.shape[0]
-
-
-def weights(counts: Sequence[Sequence[float]]) -> list[list[float]]:
-    """Of each batch its share of the sum over the batches, for each pair of layers."""
-    totals = [max(sum(column), 1) for column in zip(*counts, strict=True)]
-    return [[count / total for count, total in zip(row, totals, strict=True)] for row in counts]
 
 
 def _first(inputs: Any) -> Tensor | None:
