@@ -1,4 +1,4 @@
-"""What int8 costs a real model in quality, and what SmoothQuant and a mode for each layer give back.
+"""What int8 and 4 bits cost a real model in quality, and what SmoothQuant and a mode for each layer give back.
 
 MiniLM on real English sentences: every second one calibrates, smooths and chooses, the others are measured. Writes
 int8_quality.md, int8_quality.json and int8_sensitivity.png into --out (default bench-out).
@@ -26,6 +26,16 @@ from pycompress.sensitivity import SensitivityReport
 MAX_BYTES = 0.30  # of the fp32 linear layers
 TARGETS = {"plain": 0.999, "smoothed": 0.9995}  # mean cosine of the embeddings that `choose` has to reach
 SHAPES = ((1, 16), (1, 128), (8, 128))
+# Weights of 4 bits: (mode, group size, symmetric).
+FOUR_BITS = (
+    ("int4", 128, True),
+    ("int4", 128, False),
+    ("int4", 32, True),
+    ("int4", 32, False),
+    ("nf4", 128, True),
+    ("nf4", 64, True),
+    ("nf4", 32, True),
+)
 
 
 def embedding(output: object, batch: Batch) -> Tensor:
@@ -57,6 +67,14 @@ def variants(model: nn.Module, batches: list[Batch], alpha: float, picture: Path
     yield "weight_only, smoothed", quantised(smoothed, "weight_only")
     yield "static, smoothed, mse", quantised(smoothed, "static", batches, "mse")
     yield "dynamic, smoothed, layers chosen", chosen(smoothed, sensitivity_of(smoothed, batches), TARGETS["smoothed"])
+
+
+def four_bits(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yields (name, model) for every row of FOUR_BITS."""
+    for mode, group_size, symmetric in FOUR_BITS:
+        made = copied(model)
+        pycompress.quantize_(made, mode, group_size=group_size, symmetric=symmetric)
+        yield f"{mode}, groups of {group_size}{'' if symmetric else ', zero points'}", made
 
 
 def quantised(model: nn.Module, mode: str, batches: list[Batch] | None = None, method: str = "minmax") -> nn.Module:
@@ -132,6 +150,7 @@ def main() -> int:
     texts = sentences.load(options.sentences)
     batches = batches_of(encoder, texts[0::2])
     models = dict(variants(encoder.model, batches, options.alpha, options.out / "int8_sensitivity.png"))
+    models |= dict(four_bits(encoder.model))
     rows = measured(encoder, texts[1::2], models)
     for batch, length in SHAPES if options.rounds else ():
         inputs = encoder.tokenize(encoder.passages(texts, batch, length), length)

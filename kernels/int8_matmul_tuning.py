@@ -99,10 +99,10 @@ def _split(tiling: Tiling, m: int, n: int, k: int, arch: int, kind: str) -> Tili
     wanted = min(wanted, k // (32 * max(m, 1)), k // (4 * tiling.block_k))
     if kind == "int8":
         wanted = max(wanted, triton.cdiv(k, MAX_CHUNK_K))
-    return _whole_splits(tiling, wanted, k)
+    return whole_splits(tiling, wanted, k)
 
 
-def _whole_splits(tiling: Tiling, wanted: int, k: int) -> Tiling:
+def whole_splits(tiling: Tiling, wanted: int, k: int) -> Tiling:
     """About so many splits, none of them empty."""
     if min(wanted, k) <= 1:
         return replace(tiling, splits=1)
@@ -145,5 +145,5 @@ def candidates(m: int, n: int, k: int, arch: int, kind: str, narrow: bool) -> li
         if few or chunks == 1:
             splits = _split(tiling, m, n, k, arch, kind).splits if few else 1
             counts = {max(count, chunks) for count in ((splits // 2, splits, 2 * splits) if few else (1,))}
-            found += [_whole_splits(tiling, count, k) for count in sorted(counts)]
+            found += [whole_splits(tiling, count, k) for count in sorted(counts)]
     return found

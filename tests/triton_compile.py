@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 # Modules of pycompress.kernels that have shipped().
-MODULES = ("int8_matmul_shipped", "sparse_linear", "distill_loss")
+MODULES = ("int8_matmul_shipped", "int4_matmul", "sparse_linear", "distill_loss")
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a block may have
 _INSTRUCTION = re.compile(r"(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma|cp\.async\.c[ag])[\w.:]*")
 _USAGE = re.compile(r"(REG|STACK|LOCAL):(\d+)")

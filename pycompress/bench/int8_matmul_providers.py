@@ -66,7 +66,7 @@ class Provider(BaseProvider):
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2, "int8-weight": 1.5e-2, "int8": 4e-2}
 
 
-def _module(module: nn.Module, dtype: torch.dtype = torch.float32) -> Bind:
+def of_module(module: nn.Module, dtype: torch.dtype = torch.float32) -> Bind:
     def bind(x: Tensor) -> Bound:
         run = partial(module, x.to(dtype))
         return Bound(run, run)
@@ -76,11 +76,11 @@ def _module(module: nn.Module, dtype: torch.dtype = torch.float32) -> Bind:
 
 def _pycompress(mode: str, layer: Layer, threads: int) -> Bind:
     input_range = layer.input_range if mode == "static" else None
-    return _module(Int8Linear.from_float(layer.linear(), mode=mode, input_range=input_range, backend="native"))
+    return of_module(Int8Linear.from_float(layer.linear(), mode=mode, input_range=input_range, backend="native"))
 
 
-def _dense(dtype: torch.dtype, layer: Layer, threads: int) -> Bind:
-    return _module(layer.linear().to(dtype), dtype)
+def dense(dtype: torch.dtype, layer: Layer, threads: int) -> Bind:
+    return of_module(layer.linear().to(dtype), dtype)
 
 
 def _quantize_dynamic(engine: str, layer: Layer, threads: int) -> Bind:
@@ -94,7 +94,7 @@ def _quantize_dynamic(engine: str, layer: Layer, threads: int) -> Bind:
             swapped = quantize_dynamic(nn.Sequential(layer.linear()), {nn.Linear}, dtype=torch.qint8)
         finally:
             torch.backends.quantized.engine = previous
-    return _module(swapped[0])
+    return of_module(swapped[0])
 
 
 def _int_mm(layer: Layer, threads: int) -> Bind:
@@ -117,7 +117,7 @@ def _torchao(layer: Layer, threads: int) -> Bind:
         logging.disable(logging.NOTSET)
     linear = layer.linear()
     quantize_(linear, Int8DynamicActivationInt8WeightConfig(set_inductor_config=False))
-    return _module(linear)
+    return of_module(linear)
 
 
 def _onnx_model(layer: Layer) -> bytes:
@@ -152,7 +152,8 @@ def _onnx_model(layer: Layer) -> bytes:
     return bytes(model.SerializeToString())
 
 
-def _onnxruntime(layer: Layer, threads: int) -> Bind:
+def onnx_bind(model: bytes, threads: int, outputs: int) -> Bind:
+    """A model with one input x (M, K) and one output y (M, outputs), both fp32, in ONNX Runtime."""
     import numpy
     import onnxruntime as ort
 
@@ -160,10 +161,10 @@ def _onnxruntime(layer: Layer, threads: int) -> Bind:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    session = ort.InferenceSession(_onnx_model(layer), options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
     def bind(x: Tensor) -> Bound:
-        y = torch.empty(x.shape[0], layer.bias.shape[0])
+        y = torch.empty(x.shape[0], outputs)
         binding = session.io_binding()
         for attach, name, t in ((binding.bind_input, "x", x), (binding.bind_output, "y", y)):
             attach(name, "cpu", 0, numpy.float32, tuple(t.shape), t.data_ptr())
@@ -177,6 +178,10 @@ def _onnxruntime(layer: Layer, threads: int) -> Bind:
     return bind
 
 
+def _onnxruntime(layer: Layer, threads: int) -> Bind:
+    return onnx_bind(_onnx_model(layer), threads, layer.bias.shape[0])
+
+
 def _openvino(layer: Layer, threads: int) -> Bind:
     import openvino as ov
     from openvino import opset13
@@ -186,16 +191,26 @@ def _openvino(layer: Layer, threads: int) -> Bind:
     x_in = opset13.parameter([-1, k], ov.Type.f32)
     weight = opset13.multiply(opset13.convert(q.numpy(), "f32"), scale[:, None].numpy())
     y_out = opset13.add(opset13.matmul(x_in, weight, False, True), layer.bias[None].numpy())
+    # Groups of 128 beat 32, the default, and whole rows.
+    return openvino_bind(ov.Model([y_out], [x_in], "int8_linear"), threads, 128)
+
+
+def openvino_bind(model: Any, threads: int, activation_group: int) -> Bind:
+    """A model with one input (M, K) and one output, both fp32, in OpenVINO.
+
+    activation_group: elements of x that are quantised together to int8; 0 leaves x float.
+    """
+    import openvino as ov
+
     config = {
         "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": 1,
         "PERFORMANCE_HINT": "LATENCY",
         "ENABLE_CPU_PINNING": False,
-        # Without f32 it multiplies in bf16, slower. Groups of 128 beat 32, the default, and whole rows.
-        "INFERENCE_PRECISION_HINT": "f32",
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 128,
+        "INFERENCE_PRECISION_HINT": "f32",  # without it OpenVINO multiplies in bf16, slower
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": activation_group,
     }
-    compiled = ov.Core().compile_model(ov.Model([y_out], [x_in], "int8_linear"), "CPU", config)
+    compiled = ov.Core().compile_model(model, "CPU", config)
 
     def bind(x: Tensor) -> Bound:
         request: Any = compiled.create_infer_request()
@@ -219,8 +234,8 @@ PROVIDERS: tuple[Provider, ...] = (
     _ours("dynamic", "int8", "int8_gops"),
     _ours("static", "int8", "int8_gops"),
     _ours("weight_only", "int8-weight", "fp32_gflops"),
-    Provider("torch-fp32", "eager", partial(_dense, torch.float32), "fp32", "fp32_gflops"),
-    Provider("torch-bf16", "eager", partial(_dense, torch.bfloat16), "bf16", "bf16_gflops"),
+    Provider("torch-fp32", "eager", partial(dense, torch.float32), "fp32", "fp32_gflops"),
+    Provider("torch-bf16", "eager", partial(dense, torch.bfloat16), "bf16", "bf16_gflops"),
     *(
         Provider(f"torch-quantize_dynamic-{engine}", engine, partial(_quantize_dynamic, engine))
         for engine in ("fbgemm", "x86", "onednn")  # qnnpack is for phones: a tenth of these on a server

@@ -1,7 +1,7 @@
-"""Measures the cases of int8_matmul: the shared data, the checks before timing, and the rows."""
+"""Measures the cases of int8_matmul and int4_matmul: the shared data, the checks before timing, and the rows."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -21,10 +21,30 @@ Case = tuple[int, int, int, int]  # threads, M, K, N
 
 # Long enough for a loop of each kind, short enough to meet the same weather as the bursts around it.
 PEAK_SECONDS = 0.01
-# Bytes of one element of (the weight, x and y).
-_BYTES = {"fp32": (4, 4), "bf16": (2, 2), "int8": (1, 4), "int8-weight": (1, 4)}
-# Whose integers are what sums_are_exact compares.
-_INTEGER = ("pycompress-dynamic", "pycompress-static")
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One benchmark of a linear layer.
+
+    op: of its rows. element_bytes: by dtype of a provider, of one element of (the weight, x and y). tolerance: bounds
+    on Row.error, by the same. progress: the line that is printed for a measured case. integer: whose integers are those
+    that sums_are_exact compares.
+    """
+
+    op: str
+    element_bytes: Mapping[str, tuple[float, float]]
+    tolerance: Mapping[str, float]
+    progress: Callable[[Sequence[Row]], str]
+    integer: tuple[str, ...] = ()
+
+
+INT8 = Benchmark(
+    "int8_matmul",
+    {"fp32": (4, 4), "bf16": (2, 2), "int8": (1, 4), "int8-weight": (1, 4)},
+    TOLERANCE,
+    summary.progress_line,
+    ("pycompress-dynamic", "pycompress-static"),
+)
 
 
 @dataclass(frozen=True)
@@ -67,7 +87,9 @@ def sums_are_exact(weight: Tensor) -> bool:
     return torch.equal(y, (x.double() @ q.double().t()).float())
 
 
-def time_case(bound: dict[Provider, Bound], case: Case, seconds: float) -> dict[Provider, dict[str, object]]:
+def time_case(
+    benchmark: Benchmark, bound: dict[Provider, Bound], case: Case, seconds: float
+) -> dict[Provider, dict[str, object]]:
     """Times the providers of one case in turns with the peaks of the machine. Returns fields of rows."""
     threads, m, k, n = case
     runners = {p.name: Runner(b.run, p.pool) for p, b in bound.items()}
@@ -76,7 +98,7 @@ def time_case(bound: dict[Provider, Bound], case: Case, seconds: float) -> dict[
     found: dict[Provider, dict[str, object]] = {}
     for provider in bound:
         stats = timing.stats[provider.name]
-        weight_bytes, value_bytes = _BYTES[provider.dtype]
+        weight_bytes, value_bytes = benchmark.element_bytes[provider.dtype]
         gop_s = 2e-9 * m * n * k / stats.p50
         gb_s = 1e-9 * (weight_bytes * n * k + value_bytes * m * (n + k)) / stats.p50
         kind = "read_gbps" if m == 1 else provider.peak
@@ -97,6 +119,7 @@ def time_case(bound: dict[Provider, Bound], case: Case, seconds: float) -> dict[
 
 
 def run_layer(
+    benchmark: Benchmark,
     machine: Machine,
     providers: Sequence[Provider],
     data: Data,
@@ -113,7 +136,7 @@ def run_layer(
             binds[provider] = provider.build(data.layer, threads)
         except Exception as raised:  # whatever a foreign runtime raises is its result, and is reported as such
             failed[provider] = failure(raised)
-    exact = "yes" if sums_are_exact(data.layer.weight) else "no"
+    exact = ("yes" if sums_are_exact(data.layer.weight) else "no") if benchmark.integer else ""
 
     for m in tokens:
         status, errors, bound = dict(failed), dict[Provider, float](), dict[Provider, Bound]()
@@ -124,13 +147,13 @@ def run_layer(
             except Exception as raised:  # as above
                 status[provider] = failure(raised)
                 continue
-            if errors[provider] <= TOLERANCE[provider.dtype]:  # False for NaN
+            if errors[provider] <= benchmark.tolerance[provider.dtype]:  # False for NaN
                 bound[provider] = call
             status[provider] = "ok" if provider in bound else "wrong"
-        times = time_case(bound, (threads, m, k, n), seconds) if bound else {}
+        times = time_case(benchmark, bound, (threads, m, k, n), seconds) if bound else {}
         yield [
             machine.row(
-                "int8_matmul",
+                benchmark.op,
                 provider,
                 provider.dtype,
                 provider.covers,
@@ -139,7 +162,7 @@ def run_layer(
                 K=k,
                 N=n,
                 error=errors.get(provider),
-                exact_sums=exact if provider.name in _INTEGER else "",
+                exact_sums=exact if provider.name in benchmark.integer else "",
                 status=status[provider],
                 **times.get(provider, {}),
             )
@@ -152,21 +175,22 @@ def run_all(
     cases: Sequence[tuple[Shape, Sequence[int]]],
     threads: Sequence[int],
     seconds: float,
+    benchmark: Benchmark = INT8,
 ) -> Iterator[Row]:
     """Runs every (shape, tokens) of `cases` on every thread count. Absent providers get one row each."""
     machine = Machine.here()
     present = [p for p in providers if not p.missing]
     for p in providers:
         if p.missing:
-            yield machine.row("int8_matmul", p, p.dtype, p.covers, status=f"not installed: {p.missing}")
+            yield machine.row(benchmark.op, p, p.dtype, p.covers, status=f"not installed: {p.missing}")
     previous = torch.get_num_threads()
     try:
         for shape, tokens in cases:
             data = make_data(shape, max(tokens))
             for count in threads:
                 torch.set_num_threads(count)
-                for of_case in run_layer(machine, present, data, count, tokens, seconds):
-                    print(summary.progress_line(of_case), file=sys.stderr, flush=True)
+                for of_case in run_layer(benchmark, machine, present, data, count, tokens, seconds):
+                    print(benchmark.progress(of_case), file=sys.stderr, flush=True)
                     yield from of_case
     finally:
         torch.set_num_threads(previous)

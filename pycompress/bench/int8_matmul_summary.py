@@ -50,14 +50,14 @@ def fastest_torch(rows: Sequence[Row]) -> Row | None:
     return fastest([r for r in rows if r.provider.startswith("torch")], "")
 
 
-def _label(case: Case) -> str:
+def label(case: Case) -> str:
     threads, m, k, n = case
     return f"{m} x {k} x {n}, {n_threads(threads)}"
 
 
 def progress_line(rows: Sequence[Row]) -> str:
     """One measured case in a line: ours, the fastest of torch, and whoever failed."""
-    parts = [_label(rows[0].case) + ":"]
+    parts = [label(rows[0].case) + ":"]
     done = timed(rows)
     if (ours := fastest(done, OURS)) is not None:
         share = "" if ours.fraction is None else f", {ours.fraction:.2f} of {ours.peak_kind}"
@@ -124,7 +124,7 @@ def main_rows(rows: Sequence[Row]) -> list[Row]:
 def text(rows: Sequence[Row]) -> str:
     """The figures to reach: ratios of medians within one run, over all its shapes and thread counts."""
     kept = {"": by_case(main_rows(rows)), "avx2": by_case([r for r in rows if r.forced_isa == "avx2"])}
-    lines = [HEAD] + [figure.line(kept[figure.forced_isa], _label) for figure in FIGURES]
+    lines = [HEAD] + [figure.line(kept[figure.forced_isa], label) for figure in FIGURES]
     sums = {r.exact_sums for r in rows if r.exact_sums}
     if sums:
         lines.append(f"integer sums exact in every layer measured: {'yes' if sums == {'yes'} else 'NO'}")
@@ -133,7 +133,7 @@ def text(rows: Sequence[Row]) -> str:
     shares = ", ".join(f"{name} ({count})" for name, count in winners.most_common())
     lines += [f"fastest torch layer, M >= 16: {shares}"] if shares else []
     lines += _doubts(rows)
-    lines += not_ok(rows, lambda r: "" if r.threads is None else f", {_label(r.case)}")
+    lines += not_ok(rows, lambda r: "" if r.threads is None else f", {label(r.case)}")
     return "\n".join(lines)
 
 
@@ -144,7 +144,7 @@ def _doubts(rows: Sequence[Row]) -> list[str]:
     above = [(share, r) for share, r in found if share > _IMPOSSIBLE]
     if above:
         share, row = max(above, key=lambda pair: pair[0])
-        most = f"{row.provider} {share:.2f} of it at {_label(row.case)}"
+        most = f"{row.provider} {share:.2f} of it at {label(row.case)}"
         doubts.append(f"above the peak: {len(above)} of {len(found)} rows, {most}; it was measured too low")
     return doubts
 
@@ -158,11 +158,11 @@ def tables(rows: Sequence[Row]) -> str:
     cases = by_case(rows)
     if not cases:
         return "Nothing was measured.\n"
-    parts = [_machine(rows), _speedups(cases), _medians(cases)]
+    parts = [machine(rows), _speedups(cases), _medians(cases)]
     return "\n\n".join(parts) + "\n"
 
 
-def _machine(rows: Sequence[Row]) -> str:
+def machine(rows: Sequence[Row]) -> str:
     done = timed(rows)
     lines = [heading(done, rows)]
     for threads in sorted({r.threads for r in done if r.threads}):
@@ -175,7 +175,7 @@ def _machine(rows: Sequence[Row]) -> str:
     return "\n".join(lines + ([f"Not installed: {', '.join(absent)}."] if absent else []))
 
 
-def _shown(us: float) -> str:
+def shown(us: float) -> str:
     return f"{us:.1f}" if us < 100 else f"{us:.0f}"
 
 
@@ -208,7 +208,7 @@ def _medians(cases: dict[Case, list[Row]]) -> str:
             continue
         found = [fastest(cases[case], prefix) for prefix in PLOTTED.values()]
         best = min(us(r) for r in found if r)
-        cells = ["-" if r is None else bold(_shown(us(r)), us(r) == best) for r in found]
+        cells = ["-" if r is None else bold(shown(us(r)), us(r) == best) for r in found]
         share = _fraction(cases[case])
         body.append([f"{k}×{n}", str(m), *cells, "-" if share is None else f"{share:.2f}"])
     title = f"Median µs of one layer (K×N) for M tokens, {n_threads(threads)}. "
