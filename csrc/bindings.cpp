@@ -305,4 +305,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("reduction"), py::arg("temperature"), py::arg("alpha"), py::arg("beta"), py::arg("label_smoothing"),
         py::arg("ignore_index"), py::arg("num_items"), py::arg("loss"), py::arg("hard"), py::arg("soft"),
         py::arg("grad"), py::arg("normalize_grad"), py::arg("threads"));
+
+  pc::bindings::bind_conv(m);
+  pc::bindings::bind_embedding(m);
+  pc::bindings::bind_int4(m);
 }

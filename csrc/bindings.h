@@ -2,6 +2,8 @@
 // knows of torch.
 #pragma once
 
+#include <pybind11/pybind11.h>
+
 #include <array>
 #include <cstdint>
 
@@ -40,5 +42,10 @@ Args with_rows(Args a, uintptr_t x, const RowLayout& layout, int dtype, uintptr_
   a.col_stride = layout[5];
   return a;
 }
+
+// Each in a file of its own: what an operation adds to _C.
+void bind_conv(pybind11::module_& m);
+void bind_embedding(pybind11::module_& m);
+void bind_int4(pybind11::module_& m);
 
 }  // namespace pycompress::bindings

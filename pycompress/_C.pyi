@@ -31,6 +31,59 @@ def int8_pack(weight: int, n: int, k: int, ld: int, dst: int, /) -> None: ...
 def int8_packed_shape(packed: int, nbytes: int, /) -> tuple[int, int]: ...
 def int8_unpack(packed: int, nbytes: int, weight: int, ld: int, /) -> None: ...
 
+class Int4Plan:
+    def __init__(
+        self, weight: int, weight_bytes: int, bias: int, bias_dtype: int, activation: int, /
+    ) -> None: ...
+    def run(self, x: int, m: int, k: int, dtype: int, y: int, threads: int, /) -> None: ...
+    def run_strided(
+        self, x: int, layout: tuple[int, int, int, int, int, int], dtype: int, y: int, threads: int, /
+    ) -> None: ...
+
+def int4_kernel_name(packed: int, nbytes: int, /) -> str: ...
+def int4_packed_bytes(n: int, k: int, group_size: int, format: int, has_zero_point: bool, /) -> int: ...
+def int4_pack(
+    weight: int, scale: int, zero_point: int, n: int, k: int, group_size: int, format: int, has_zero_point: bool,
+    dst: int, /
+) -> None: ...
+def int4_packed_info(packed: int, nbytes: int, /) -> tuple[int, int, int, int, bool]: ...
+def int4_unpack(packed: int, nbytes: int, weight: int, scale: int, zero_point: int, /) -> None: ...
+
+class Int8ConvPlan:
+    def __init__(
+        self,
+        weight: int,
+        weight_bytes: int,
+        weight_scale: int,
+        bias: int,
+        bias_dtype: int,
+        input_scale: int,
+        input_zero_point: int,
+        mode: int,
+        activation: int,
+        window: tuple[int, int, int, int, int, int],
+        /,
+    ) -> None: ...
+    def run(
+        self,
+        x: int,
+        shape: tuple[int, ...],
+        strides: tuple[int, ...],
+        dtype: int,
+        y: int,
+        out: tuple[int, ...],
+        channels_last: bool,
+        threads: int,
+        /,
+    ) -> None: ...
+
+def conv_refuses(per_group: int, kh: int, kw: int, /) -> str: ...
+def conv_packed_bytes(shape: tuple[int, ...], /) -> int: ...
+def conv_pack(weight: int, shape: tuple[int, ...], dst: int, /) -> None: ...
+def conv_packed_shape(packed: int, nbytes: int, /) -> tuple[int, int, int, int, int]: ...
+def conv_unpack(packed: int, nbytes: int, weight: int, /) -> None: ...
+def conv_kernel_name(packed: int, nbytes: int, /) -> str: ...
+
 class SparsePlan:
     def __init__(
         self,
@@ -96,3 +149,24 @@ def distill_loss(
     threads: int,
 ) -> float: ...
 def distill_kernel_name() -> str: ...
+
+class EmbeddingPlan:
+    def __init__(self, rows: int, v: int, d: int, scale: int, /) -> None: ...
+    def run_rows(self, index: int, wide: bool, count: int, dtype: int, y: int, threads: int, /) -> None: ...
+    def run_bags(
+        self,
+        index: int,
+        wide: bool,
+        count: int,
+        offset: int,
+        bags: int,
+        reduce: int,
+        padding: int,
+        weight: int,
+        dtype: int,
+        y: int,
+        threads: int,
+        /,
+    ) -> None: ...
+
+def embedding_kernel_name() -> str: ...

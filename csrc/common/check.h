@@ -1,4 +1,5 @@
-// Argument checks. The message names the op, the value and what was expected; Python turns it into ValueError.
+// Argument checks. The message names the op, the value and what was expected; Python turns an ArgumentError into
+// ValueError, an IndexError into IndexError.
 #pragma once
 
 #include <cstdint>
@@ -9,6 +10,11 @@ namespace pycompress {
 
 struct ArgumentError : std::invalid_argument {
   using std::invalid_argument::invalid_argument;
+};
+
+// An index outside a table.
+struct IndexError : std::out_of_range {
+  using std::out_of_range::out_of_range;
 };
 
 template <class T>

@@ -65,6 +65,7 @@ struct Vec {
   static I ixor(I a, I b) { return _mm256_xor_si256(a, b); }
   static I to_int(F a) { return _mm256_cvtps_epi32(a); }  // round to nearest even
   static F to_float(I a) { return _mm256_cvtepi32_ps(a); }
+  static F as_float(I a) { return _mm256_castsi256_ps(a); }  // the same bits
   // a * 2^n for a whole n in [-126, 127]; infinity for n = 128
   static F times_pow2(F a, F n) {
     const I exponent = _mm256_slli_epi32(_mm256_add_epi32(to_int(n), _mm256_set1_epi32(127)), 23);

@@ -49,7 +49,11 @@ constexpr Layout kPairs8{1, 16, 2, 8, 0};      // avx2: 8 outputs x 2 k of s8 wi
 constexpr Layout kQuads8{2, 16, 4, 8, 128};    // avxvnni
 constexpr Layout kPairs16{3, 64, 2, 16, 0};    // avx512
 constexpr Layout kQuads16{4, 64, 4, 16, 128};  // avx512vnni
-constexpr Layout kLayouts[] = {kRowMajor, kPairs8, kQuads8, kPairs16, kQuads16};
+// For int8_conv2d, where x is the unsigned operand: padding and zero point are one stored value, and no sums of x are
+// needed for every window.
+constexpr Layout kSignedQuads8{5, 16, 4, 8, 0};    // avxvnni
+constexpr Layout kSignedQuads16{6, 64, 4, 16, 0};  // avx512vnni
+constexpr Layout kLayouts[] = {kRowMajor, kPairs8, kQuads8, kPairs16, kQuads16, kSignedQuads8, kSignedQuads16};
 
 // Start of every packed weight, followed by int32 column_sum[n_padded] and the panels, each 64-byte aligned.
 struct PackedHeader {

@@ -39,6 +39,70 @@ Row locate(const Layout& layout, int64_t n, int64_t total_n, int64_t total_k) {
   return {panel * layout.nr * round_up(total_k, layout.ku) + column * layout.ku, width * layout.ku};
 }
 
+// The outputs of one panel: `rows` of the weight, padded to `width`.
+struct Panel {
+  const int8_t* weight;
+  int64_t rows, width, k, ld;
+  uint8_t* out;
+  int32_t* sums;
+};
+
+// The sum of 64 bytes of s8.
+int32_t sum_64(const int8_t* values) {
+  constexpr uint64_t kEven = 0x00ff00ff00ff00ffull;
+  uint64_t pairs = 0;  // four sums of 16 bits; each byte as u8, 128 too large
+  for (int i = 0; i < 64; i += 8) {
+    uint64_t v;
+    std::memcpy(&v, values + i, sizeof v);
+    v ^= 0x8080808080808080ull;
+    pairs += (v & kEven) + ((v >> 8) & kEven);
+  }
+  return int32_t((pairs * 0x0001000100010001ull) >> 48) - 64 * 128;
+}
+
+// A word is a group of one output. 64 bytes of each output at a time: a cache line read, 16 lines or more written whole.
+// 5 times as fast as byte by byte, and a checkpoint loads no faster than its weights are packed.
+template <typename Word>
+void pack_panel(const Layout& layout, const Panel& panel) {
+  constexpr int64_t kWord = sizeof(Word), kStep = 64 / kWord;
+  check(layout.ku == kWord && (layout.offset == 0 || layout.offset == 128), "int8_matmul: layout ", layout.id,
+        " is none that pack writes");
+  Word flip;  // adding 128 to a byte flips its top bit
+  std::memset(&flip, layout.offset, sizeof flip);
+  const int64_t groups = panel.k / kWord, stride = panel.width * kWord;
+  for (int64_t begin = 0; begin < groups; begin += kStep) {
+    const int64_t count = std::min(kStep, groups - begin);
+    for (int64_t r = 0; r < panel.rows; ++r) {
+      const int8_t* source = panel.weight + r * panel.ld + begin * kWord;
+      uint8_t* out = panel.out + begin * stride + r * kWord;
+      for (int64_t g = 0; g < count; ++g) {
+        Word word;
+        std::memcpy(&word, source + g * kWord, sizeof word);
+        word = Word(word ^ flip);
+        std::memcpy(out + g * stride, &word, sizeof word);
+      }
+      if (count == kStep) {
+        panel.sums[r] += sum_64(source);
+      } else {
+        for (int64_t kk = 0; kk < count * kWord; ++kk) panel.sums[r] += source[kk];
+      }
+    }
+    for (int64_t g = begin; panel.rows < panel.width && g < begin + count; ++g) {
+      std::memset(panel.out + g * stride + panel.rows * kWord, layout.offset, size_t(stride - panel.rows * kWord));
+    }
+  }
+  if (groups * kWord == panel.k) return;
+  uint8_t* last = panel.out + groups * stride;
+  std::memset(last, layout.offset, size_t(stride));
+  for (int64_t r = 0; r < panel.rows; ++r) {
+    for (int64_t kk = groups * kWord; kk < panel.k; ++kk) {
+      const int8_t value = panel.weight[r * panel.ld + kk];
+      panel.sums[r] += value;
+      last[r * kWord + kk - groups * kWord] = uint8_t(value + layout.offset);
+    }
+  }
+}
+
 }  // namespace
 
 int64_t padded_n(const Layout& layout, int64_t n) { return round_up(n, layout.lanes); }
@@ -70,16 +134,21 @@ void pack(const Layout& layout, const int8_t* weight, int64_t n, int64_t k, int6
   auto* sums = reinterpret_cast<int32_t*>(base + sizeof header);
   auto* panels = reinterpret_cast<uint8_t*>(base + sizeof header + sums_bytes(layout, n));
   std::memset(sums, 0, size_t(sums_bytes(layout, n)));
-  std::memset(panels, layout.offset, size_t(padded_n(layout, n) * round_up(k, layout.ku)));
-  for (int64_t row = 0; row < n; ++row) {
-    const Row at = locate(layout, row, n, k);
-    uint8_t* group = panels + at.start;
-    for (int64_t kk = 0; kk < k; kk += layout.ku, group += at.step) {
-      for (int64_t j = 0; j < layout.ku && kk + j < k; ++j) {
-        const int8_t value = weight[row * ld + kk + j];
-        sums[row] += value;
-        group[j] = uint8_t(value + layout.offset);
-      }
+  const int64_t padded = padded_n(layout, n);
+  for (int64_t row = 0; row < padded; row += layout.nr) {
+    const Panel panel{weight + row * ld,
+                      std::clamp<int64_t>(n - row, 0, layout.nr),
+                      std::min<int64_t>(layout.nr, padded - row),
+                      k,
+                      ld,
+                      panels + row * round_up(k, layout.ku),
+                      sums + row};
+    if (layout.ku == 4) {
+      pack_panel<uint32_t>(layout, panel);
+    } else if (layout.ku == 2) {
+      pack_panel<uint16_t>(layout, panel);
+    } else {
+      pack_panel<uint8_t>(layout, panel);
     }
   }
 }

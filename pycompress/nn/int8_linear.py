@@ -1,14 +1,11 @@
 """``Int8Linear``: ``nn.Linear`` with an int8 weight.
 
 State. A checkpoint holds plain tensors: ``weight`` int8 (N, K), ``weight_scale`` float32 (N,), ``bias``, and in static
-mode ``input_scale`` and ``input_zero_point``. In memory the module keeps one copy of the weight, in the non-persistent
-buffer ``_weight``: on the CPU packed for the native kernels of this machine, on other devices plain. It is rebuilt from
-the plain form wherever the module moves, loads, is copied or unpickled.
+mode ``input_scale`` and ``input_zero_point``. See packed_weight.py for what the module keeps in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +14,7 @@ from torch import Tensor, nn
 from pycompress import ops
 from pycompress.nn.fake_quant_linear import FakeQuantLinear
 from pycompress.nn.float_linear import float_bias, float_weight, make_float
+from pycompress.nn.packed_weight import PackedWeight
 from pycompress.ops.eager import is_plain_eager
 from pycompress.ops.int8_matmul import check_options, pick
 from pycompress.ops.int8_matmul_eager import EagerPlan
@@ -26,18 +24,7 @@ from pycompress.ops.int8_matmul_weight import static_qparams, static_tensors
 _FROM = "Int8Linear.from_float"
 
 
-def _opens(weight: Tensor | None) -> bool:
-    """Whether this is a weight: plain, or packed with a sound header."""
-    if weight is None or weight.dtype != torch.uint8 or weight.is_meta:
-        return weight is not None
-    try:
-        ops.kernel_name(weight.cpu())
-    except ValueError:
-        return False
-    return True
-
-
-class Int8Linear(nn.Module):
+class Int8Linear(PackedWeight):
     """``y = act(x @ weight^T + bias)`` with an int8 weight, one scale an output row.
 
     Args:
@@ -56,7 +43,6 @@ class Int8Linear(nn.Module):
     weight_scale: Tensor
     input_scale: Tensor | None
     input_zero_point: Tensor | None
-    _weight: Tensor
     _plan: EagerPlan | None
 
     def __init__(
@@ -176,108 +162,27 @@ class Int8Linear(nn.Module):
     # ---- state ------------------------------------------------------------------------------------------------
 
     @property
-    def weight(self) -> Tensor:
-        """int8 (N, K), unpacked anew at each access."""
-        return self._plain_weight()
+    def _weight_shape(self) -> tuple[int, ...]:
+        return self.out_features, self.in_features
 
-    def _plain_weight(self) -> Tensor:
-        return ops.unpack_weight(self._weight) if self._weight.dtype == torch.uint8 else self._weight
+    def _pack(self, weight: Tensor) -> Tensor:
+        return ops.pack_weight(weight)
 
-    def memory_bytes(self) -> int:
-        """Bytes of memory the module holds: weight as kept, scales, bias."""
-        return sum(t.nbytes for t in (*self._buffers.values(), *self._parameters.values()) if t is not None)
+    def _unpack(self, packed: Tensor) -> Tensor:
+        return ops.unpack_weight(packed)
+
+    def _kernel_name(self, packed: Tensor) -> str:
+        return ops.kernel_name(packed)
+
+    def _wants_packed(self) -> bool:
+        return self.backend not in ("cuda", "triton")  # which are emulated or interpreted on the CPU
 
     def _arrange(self) -> None:
-        """Bring the weight into the form that its backend wants: packed on the CPU, plain elsewhere, and for a GPU
-        backend that is emulated or interpreted on the CPU.
-        """
-        weight = self._weight
-        if weight.device.type == "cpu" and self.backend not in ("cuda", "triton"):
-            if weight.dtype == torch.int8:
-                self._weight = ops.pack_weight(weight)
-        elif weight.dtype == torch.uint8:
-            shape = (self.out_features, self.in_features)
-            self._weight = weight.new_empty(shape, dtype=torch.int8) if weight.is_meta else ops.unpack_weight(weight)
+        super()._arrange()
         self._plan = None
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = self._buffers[name]
-            if old is not None and new is not None and new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)  # .half(), .type() and the like: integers and scales stay
-        if self.bias is not None and self.bias.dtype == torch.float64:
-            self.bias.data = self.bias.data.float()  # the kernels take none
-        if _opens(before["_weight"]) and not _opens(self._weight):  # to_empty(): new memory, without the values
-            shape = (self.out_features, self.in_features)
-            self._weight = torch.zeros(shape, dtype=torch.int8, device=self._weight.device)
-        self._arrange()
-        return self
-
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        state["_buffers"] = {**self._buffers, "_weight": self.weight}
-        state["_plan"] = None
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._arrange()
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        destination[prefix + "weight"] = self.weight
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        rest = dict(state_dict)
-        weight = rest.pop(prefix + "weight", None)
-        errors = self._state_errors(rest, weight, prefix)
-        if errors:  # nothing of this layer is loaded: a weight never meets another weight's scale
-            error_msgs.extend(errors)
-            return
-        assign = local_metadata.get("assign_to_params_buffers", False)
-        if weight is None:
-            if strict:
-                missing_keys.append(prefix + "weight")
-        elif assign or not self._weight.is_meta:
-            self._weight = weight.detach().to(weight.device if assign else self._weight.device, copy=True)
-            self._arrange()
-        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-
-    def _state_errors(self, rest: Mapping[str, Any], weight: object, prefix: str) -> list[str]:
-        shape = (self.out_features, self.in_features)
-        errors = []
-        if weight is not None and not (
-            isinstance(weight, Tensor) and weight.dtype == torch.int8 and tuple(weight.shape) == shape
-        ):
-            got = f"{weight.dtype} {tuple(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__
-            remedy = ""
-            if isinstance(weight, Tensor) and weight.is_floating_point():
-                remedy = "; a float checkpoint is loaded into the float model first, then quantize_ converts it"
-            errors.append(f"Int8Linear: {prefix}weight is {got}, expected torch.int8 {shape}{remedy}")
-        if (weight is None) != (rest.get(prefix + "weight_scale") is None):
-            there, lacking = ("weight_scale", "weight") if weight is None else ("weight", "weight_scale")
-            errors.append(f"Int8Linear: {prefix}{there} comes without {prefix}{lacking}; they belong together")
-        for name in ("weight_scale", "bias", "input_scale", "input_zero_point"):
-            own, new = getattr(self, name), rest.get(prefix + name)
-            if own is None or new is None:
-                continue
-            if not isinstance(new, Tensor) or new.shape != own.shape:
-                got = str(tuple(new.shape)) if isinstance(new, Tensor) else type(new).__name__
-                errors.append(f"Int8Linear: {prefix}{name} is {got}, expected {tuple(own.shape)}")
-            elif name != "bias" and new.dtype != own.dtype:
-                errors.append(f"Int8Linear: {prefix}{name} is {new.dtype}, expected {own.dtype}")
-        return errors
+        return {**super().__getstate__(), "_plan": None}
 
     def extra_repr(self) -> str:
         parts = [
@@ -297,7 +202,7 @@ class Int8Linear(nn.Module):
             names = dict.fromkeys(pick(self.backend, self._call_of(tokens)).name for tokens in (1, 4096))
         except ValueError:
             return f"{self.backend} (cannot run on {self._weight.device})"
-        return f"native:{ops.kernel_name(self._weight)}" if "native" in names else "/".join(names)
+        return f"native:{self._kernel_name(self._weight)}" if "native" in names else "/".join(names)
 
     def _call_of(self, tokens: int) -> Call:
         x = self.weight_scale.new_empty(1).expand(tokens, self.in_features)  # its values matter to nobody

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from pycompress import _C, gpu
 from pycompress._native import DTYPE_CODES
+from pycompress.codes import MODE_CODES, MODES
 from pycompress.ops.backend import Backend, Backends
 from pycompress.ops.int8_matmul_cuda import cuda_int8_linear, cuda_int8_missing
 from pycompress.ops.int8_matmul_reference import Call, reference_int8_linear
@@ -49,10 +50,6 @@ from pycompress.ops.linear_common import (
     check_option,
 )
 from pycompress.ops.rows import row_layout
-
-MODES = ("dynamic", "static", "weight_only")
-_MODE_CODES = {name: code for code, name in enumerate(MODES)}
-
 
 # ---- native ---------------------------------------------------------------------------------------------------
 
@@ -80,7 +77,7 @@ def native_plan(call: Call, packed: Tensor) -> _C.Int8Plan:
         0 if bias is None else DTYPE_CODES[bias.dtype],
         0 if input_scale is None else input_scale.data_ptr(),
         0 if zero_point is None else zero_point.data_ptr(),
-        _MODE_CODES[call.mode],
+        MODE_CODES[call.mode],
         ACTIVATION_CODES[call.activation],
     )
 

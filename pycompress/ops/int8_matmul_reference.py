@@ -23,7 +23,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return q, torch.where(finite, scale, torch.nan)
 
 
-def _static_rows(x: Tensor, input_scale: Tensor | None, input_zero_point: Tensor | None) -> tuple[Tensor, Tensor]:
+def static_rows(x: Tensor, input_scale: Tensor | None, input_zero_point: Tensor | None) -> tuple[Tensor, Tensor]:
     """Static quantisation less the zero point, int16 ``(M, K)``, and scales ``(M, 1)``."""
     assert input_scale is not None, "checked before"
     assert input_zero_point is not None, "checked before"
@@ -70,7 +70,7 @@ def reference_int8_linear(call: Call) -> Tensor:
         if call.mode == "dynamic":
             q, x_scale = quantize_rows(rows)
         else:
-            q, x_scale = _static_rows(rows, call.input_scale, call.input_zero_point)
+            q, x_scale = static_rows(rows, call.input_scale, call.input_zero_point)
         y = _exact_product(q, weight).to(torch.float32) * call.weight_scale * x_scale
     if call.bias is not None:
         y = y + call.bias.to(torch.float32)

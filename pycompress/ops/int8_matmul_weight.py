@@ -7,9 +7,21 @@ from torch import Tensor
 
 from pycompress import _C
 from pycompress._native import has_values
+from pycompress.codes import ALIGNMENT, SMALLEST_SCALE, affine_qparams, static_qparams
 
-SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # keeps 1 / scale finite; see csrc/int8_matmul/int8_matmul.h
-ALIGNMENT = 64
+__all__ = [
+    "ALIGNMENT",
+    "SMALLEST_SCALE",
+    "affine_qparams",
+    "aligned",
+    "kernel_name",
+    "pack_weight",
+    "plain",
+    "quantize_weight",
+    "static_qparams",
+    "static_tensors",
+    "unpack_weight",
+]
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,33 +92,6 @@ def kernel_name(weight: Tensor) -> str:
     """Name of the native kernel that runs with this packed weight here, e.g. ``int8_matmul_6x64_avx512vnni``."""
     source = aligned(weight)
     return str(_C.int8_kernel_name(source.data_ptr(), source.numel()))
-
-
-def affine_qparams(x_min: float, x_max: float) -> tuple[float, int]:
-    """Scale and zero point (0..255) of the uint8 grid over ``[x_min, x_max]``, widened so that 0 is on the grid.
-
-    Raises:
-        ValueError: a bound is not finite, or ``x_min > x_max``.
-    """
-    low, high = min(float(x_min), 0.0), max(float(x_max), 0.0)
-    if not (x_min <= x_max and high - low < float("inf")):
-        raise ValueError(f"affine_qparams: [{x_min}, {x_max}] is not a finite range with x_min <= x_max")
-    scale = max((high - low) / 255.0, SMALLEST_SCALE)
-    return scale, min(max(round(-low / scale), 0), 255)
-
-
-def static_qparams(mode: str, input_range: tuple[float, float] | None, caller: str) -> tuple[float, int] | None:
-    """Scale and zero point of static mode; None for the others.
-
-    Raises:
-        ValueError: a missing or superfluous range, or one that is none.
-    """
-    if (input_range is not None) != (mode == "static"):
-        raise ValueError(
-            f"{caller}: input_range={input_range} with mode={mode!r}; static mode needs a range "
-            "(calibrate finds it), the others take none"
-        )
-    return None if input_range is None else affine_qparams(*input_range)
 
 
 def static_tensors(
