@@ -19,9 +19,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from pycompress.layer_kinds import ATTENTION, kinds_of
 from pycompress.nn import MaskedLinear
+from pycompress.nn.projected_attention import ProjectedAttention
 from pycompress.ops import affine_qparams
-from pycompress.selection import OURS, FilterFn, ModuleMap, select
+from pycompress.selection import OURS, FilterFn, Layer, ModuleMap, select
 from pycompress.tracing import Shadow
 
 METHODS = ("minmax", "percentile", "mse")
@@ -101,6 +103,7 @@ def calibrate(
     method: str = "minmax",
     *,
     percentile: float = 99.99,
+    layers: str | Iterable[str] = "linear",
     skip: str | Iterable[str] = (),
     filter_fn: FilterFn | None = None,
     progress: bool = True,
@@ -112,7 +115,8 @@ def calibrate(
         tokenizer's BatchEncoding too) -> model(**x). They must be on the model's device. A hundred samples
         usually do.
     method: "minmax", "percentile" (both tails at `percentile`, 50 < p <= 100) or "mse".
-    skip, filter_fn: as for quantize_; give both the same.
+    layers, skip, filter_fn: as for quantize_; give both the same. Of attention the inputs of its four projections are
+        observed: while the model runs, layers with the same weights stand for it.
     progress: show a progress bar on stderr.
 
     The model runs in eval mode without gradients; each module's own training flag is restored, whatever
@@ -124,21 +128,24 @@ def calibrate(
     if not 50 < percentile <= 100:
         raise ValueError(f"calibrate: percentile={percentile}; expected 50 < percentile <= 100")
     check_batches(batches, "calibrate")
+    kinds = kinds_of(layers, "calibrate")
     modules = ModuleMap(model)
     shadow = Shadow(model, opaque=OURS)
-    layers = select(modules, shadow, op="calibrate", skip=skip, filter_fn=filter_fn, takes=(MaskedLinear,))
-    chosen = [layer for layer in layers if not layer.reason]
+    takes = (MaskedLinear,)
+    found = select(modules, shadow, op="calibrate", skip=skip, filter_fn=filter_fn, takes=takes, kinds=kinds)
+    chosen = [layer for layer in found if not layer.reason and layer.kind.inputs]
     if not chosen:
         raise ValueError("calibrate: nothing to calibrate; quantize_ would swap no layer of this model")
 
-    observers = {layer.name: _Range() if method == "minmax" else _Histogram() for layer in chosen}
+    observers: dict[str, _Range] = {}
     handles = []
     count = 0
-    with evaluating(model):
+    with evaluating(model), _opened(chosen) as watched:
         try:
-            for layer in chosen:
-                hook = _observe(layer.name, observers[layer.name])
-                handles.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
+            for name, module in watched.items():
+                observers[name] = _Range() if method == "minmax" else _Histogram()
+                hook = _observe(name, observers[name])
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             for batch in with_progress(batches, progress, "calibrating"):
                 feed(model, batch, "calibrate")
                 count += 1
@@ -149,6 +156,30 @@ def calibrate(
         raise ValueError("calibrate: batches is empty; pass at least one (is it a generator that is used up?)")
     seen = {name: observer for name, observer in observers.items() if observer.count}
     return Calibration({name: _result(o, method, percentile) for name, o in seen.items()}, method)
+
+
+@contextmanager
+def _opened(layers: list[Layer]) -> Iterator[dict[str, nn.Module]]:
+    """What reads each input that static mode wants a range of, by name. nn.MultiheadAttention calls none of its
+    projections: layers that share its weights take its place meanwhile.
+    """
+    watched: dict[str, nn.Module] = {}
+    held: list[tuple[dict[str, nn.Module | None], str, nn.Module]] = []
+    try:
+        for layer in layers:
+            if layer.kind is not ATTENTION:
+                watched[layer.name] = layer.module
+                continue
+            assert isinstance(layer.module, nn.MultiheadAttention)
+            opened = ProjectedAttention.opened(layer.module)
+            for parent, key in layer.slots:
+                held.append((parent._modules, key, layer.module))
+                parent._modules[key] = opened
+            watched.update((f"{layer.name}.{part}", opened.get_submodule(part)) for part in layer.kind.inputs)
+        yield watched
+    finally:
+        for target, key, module in held:
+            target[key] = module
 
 
 @contextmanager

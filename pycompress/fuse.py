@@ -4,8 +4,8 @@ Folding act(linear(x)) changes what `linear` returns, so it is done only where n
 through the forward around them (see tracing.py) each value of the linear is read once, by that activation,
 and the activation reads nothing else. The activation's place is then taken by an identity.
 nn.TransformerEncoderLayer and nn.TransformerDecoderLayer, whose activation is often a plain function, are
-known by their source. The second part of a LowRankLinear, and a layer behind a ChannelScale,
-count as the linear that their caller sees.
+known by their source. The second part of a LowRankLinear, a layer behind a ChannelScale, and a batch norm that goes
+into the convolution before it (fuse_norm.py) count as the layer that their caller sees.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 
 from pycompress.nn import ChannelScale, LowRankLinear
 from pycompress.selection import HOOKS, Layer, ModuleMap, relative_name
-from pycompress.tracing import Shadow, Traces, last_attribute, methods_of
+from pycompress.tracing import Method, Shadow, Traces, last_attribute, methods_of
 
 # Classes of transformers.activations, by name because transformers may be absent. The four tanh forms are one
 # function, written differently. QuickGELU is another function (x * sigmoid(1.702 x)) and stays out.
@@ -59,10 +59,19 @@ class Fusion:
     edit: Edit  # puts the identity in the activation's place
 
 
+@dataclass(frozen=True)
+class NormFusion:
+    norm: nn.BatchNorm2d
+    name: str  # relative to the module whose forward calls it
+    edit: Edit
+
+
 @dataclass
 class FusionPlan:
-    fusions: dict[nn.Module, Fusion] = field(default_factory=dict)  # by linear
-    notes: dict[nn.Module, str] = field(default_factory=dict)  # by linear: why what follows it was not folded
+    fusions: dict[nn.Module, Fusion] = field(default_factory=dict)  # by linear or convolution
+    notes: dict[nn.Module, str] = field(default_factory=dict)  # by layer: why what follows it was not folded
+    norms: dict[nn.Module, NormFusion] = field(default_factory=dict)  # by convolution
+    norm_notes: dict[nn.Module, str] = field(default_factory=dict)  # by convolution: why its norm was not folded
 
 
 def identity(x: Tensor) -> Tensor:
@@ -91,14 +100,15 @@ def activation_name(activation: object) -> str | None:
     return None
 
 
-def plan_fusions(modules: ModuleMap, layers: Iterable[Layer], shadow: Shadow) -> FusionPlan:
-    """For each layer to be swapped the activation to fold into it, or a note why not. Changes nothing."""
-    plan = FusionPlan()
-    groups: dict[nn.Module, list[Layer]] = {}
-    for layer in layers:
-        owner = modules.owner(_called(modules, layer.module))
-        if owner is not None:
-            groups.setdefault(owner, []).append(layer)
+def plan_fusions(
+    modules: ModuleMap, layers: Iterable[Layer], shadow: Shadow, plan: FusionPlan | None = None
+) -> FusionPlan:
+    """For each layer to be swapped the activation to fold into it, or a note why not. Changes nothing in the model.
+
+    plan: one that says already which batch norms go into their convolutions; it is completed.
+    """
+    plan = plan or FusionPlan()
+    groups = by_owner(modules, layers, plan)
     activations: dict[nn.Module, list[nn.Module]] = {}
     for module in modules.names:
         if activation_name(module) and (owner := modules.owner(module)) is not None:
@@ -113,8 +123,20 @@ def plan_fusions(modules: ModuleMap, layers: Iterable[Layer], shadow: Shadow) ->
     return plan
 
 
-def _called(modules: ModuleMap, linear: nn.Module) -> nn.Module:
-    """What a forward calls to get the linear's output: the linear, or what it is the last part of."""
+def by_owner(modules: ModuleMap, layers: Iterable[Layer], plan: FusionPlan) -> dict[nn.Module, list[Layer]]:
+    """The layers by the module whose forward calls them; without those that several hold."""
+    groups: dict[nn.Module, list[Layer]] = {}
+    for layer in layers:
+        owner = modules.owner(_called(modules, layer.module, plan))
+        if owner is not None:
+            groups.setdefault(owner, []).append(layer)
+    return groups
+
+
+def _called(modules: ModuleMap, linear: nn.Module, plan: FusionPlan) -> nn.Module:
+    """What a forward calls to get the layer's output: the layer, or what it is the last part of."""
+    if (fold := plan.norms.get(linear)) is not None:
+        return fold.norm
     slots = modules.slots.get(linear, [])
     if len(slots) != 1:
         return linear
@@ -123,7 +145,7 @@ def _called(modules: ModuleMap, linear: nn.Module) -> nn.Module:
     scaled = type(parent) is nn.Sequential and len(parent) == 2 and key == "1" and type(parent[0]) is ChannelScale
     if not (low_rank or scaled) or _why_not_module(modules, parent):
         return linear
-    return _called(modules, parent)
+    return _called(modules, parent, plan)
 
 
 def _plan_owner(
@@ -136,21 +158,19 @@ def _plan_owner(
 ) -> None:
     """Plan the activations of one forward: the children of `owner` that `activations` and `group` name."""
     traces = shadow.explore(modules.names[owner][0])
-    linears = {relative_name(modules, owner, _called(modules, layer.module)): layer for layer in group}
+    linears = {relative_name(modules, owner, _called(modules, layer.module, plan)): layer for layer in group}
     if not traces.graphs:
         why_not = f"activations not folded in: {type(owner).__name__} cannot be traced: {traces.failure}"
         plan.notes.update((layer.module, why_not) for layer in group)
         return
     for module in activations:
         activation = relative_name(modules, owner, module)
-        before = {_source(node) for node in traces.calls(activation)}
-        feeding = [name for name in linears if name in before]
+        sources = {source(node) for node in traces.calls(activation)}
+        feeding = [name for name in linears if name in sources]
         if not feeding:
             continue
-        pair = (module, *(_called(modules, linears[name].module) for name in feeding))
-        why_not = _why_not(traces, feeding, activation) or _why_not_module(modules, module)
-        why_not = why_not or next((r for n in feeding if (r := _other_method(owner, n, activation))), "")
-        why_not = why_not or called_from_above(modules, owner, pair, shadow)
+        before = {name: _called(modules, linears[name].module, plan) for name in feeding}
+        why_not = why_apart(modules, owner, shadow, before, module)
         parent, key = modules.slots[module][0]
         edit = Edit(parent._modules, key, nn.Identity().train(module.training))
         for name in feeding:
@@ -163,7 +183,23 @@ def _plan_owner(
             _note_function(traces.calls(name), layer, plan)
 
 
-def _source(node: fx.Node) -> str:
+def why_apart(
+    modules: ModuleMap, owner: nn.Module, shadow: Shadow, before: dict[str, nn.Module], after: nn.Module
+) -> str:
+    """Why `after` cannot go into the layers that feed it, all children of `owner`; empty if it can.
+
+    before: what `owner` calls to get the output of each, by relative name.
+    """
+    traces, name = shadow.explore(modules.names[owner][0]), relative_name(modules, owner, after)
+    return (
+        _why_not(traces, list(before), name)
+        or _why_not_module(modules, after)
+        or next((reason for layer in before if (reason := _other_method(owner, layer, name))), "")
+        or called_from_above(modules, owner, (after, *before.values()), shadow)
+    )
+
+
+def source(node: fx.Node) -> str:
     """The name of the child whose output the node reads first; empty if it is not a child's."""
     first = node.args[0] if node.args else None
     return str(first.target) if isinstance(first, fx.Node) and first.op == "call_module" else ""
@@ -233,10 +269,11 @@ def called_from_above(modules: ModuleMap, owner: nn.Module, pair: tuple[nn.Modul
     """A module above that may use one of the pair itself, as feature extractors loop over an nn.Sequential."""
     for above in modules.ancestors(owner):
         kind, name, methods = type(above).__name__, modules.names[above][0], methods_of(above)
-        for path in sorted({path for module in pair for path in modules.paths(above, module)}):
+        paths = sorted({path for module in pair for path in modules.paths(above, module)})
+        for path in paths:
             reaching = [method for method in methods if method.may_reach(path)]
             for method in reaching:
-                if method.name != "forward":
+                if method.name != "forward" and not _is_traced(method, methods, paths):
                     return f"{method.label} may use one of them by itself"
             traces = shadow.explore(name) if reaching else shadow.glance(name)
             if reaching and traces.failure:
@@ -248,10 +285,16 @@ def called_from_above(modules: ModuleMap, owner: nn.Module, pair: tuple[nn.Modul
     return ""
 
 
+def _is_traced(method: Method, methods: list[Method], paths: list[str]) -> bool:
+    """Whether it is a part of forward, as torchvision's _forward_impl, and names all of them as attributes."""
+    named = all((attribute := last_attribute(path)) and attribute in method.names for path in paths)
+    return named and any(method.name in other.names for other in methods if other.name == "forward")
+
+
 def _note_functions(modules: ModuleMap, owner: nn.Module, group: list[Layer], shadow: Shadow, plan: FusionPlan) -> None:
     glance = shadow.glance(modules.names[owner][0])
     for layer in group:
-        _note_function(glance.calls(relative_name(modules, owner, _called(modules, layer.module))), layer, plan)
+        _note_function(glance.calls(relative_name(modules, owner, _called(modules, layer.module, plan))), layer, plan)
 
 
 def _note_function(calls: list[fx.Node], layer: Layer, plan: FusionPlan) -> None:
@@ -287,14 +330,14 @@ def _patched(owner: nn.Module) -> bool:
 def _plan_transformer_layer(
     modules: ModuleMap, owner: nn.Module, group: list[Layer], shadow: Shadow, plan: FusionPlan
 ) -> None:
-    layer = next((layer for layer in group if _called(modules, layer.module) is owner.linear1), None)
+    layer = next((layer for layer in group if _called(modules, layer.module, plan) is owner.linear1), None)
     if layer is None:
         return
     activation = owner.activation
     name = activation_name(activation)
     if name is None:
         return
-    linear1 = _called(modules, layer.module)
+    linear1 = _called(modules, layer.module, plan)
     pair = (linear1, activation) if isinstance(activation, nn.Module) else (linear1,)
     why_not = _other_method(owner, "linear1", "activation") or called_from_above(modules, owner, pair, shadow)
     if why_not:

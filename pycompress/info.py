@@ -17,7 +17,7 @@ from pycompress import _native, info_gpu, nn, ops
 from pycompress.version import __version__
 
 # What this version computes; a benchmark each, of the same name.
-OPERATIONS = ("int8_matmul", "distill_loss", "sparse_linear")
+OPERATIONS = ("int8_matmul", "int4_matmul", "int8_conv2d", "distill_loss", "sparse_linear")
 # What the kernels could use, as /proc/cpuinfo spells it (x86 "flags", Arm "Features").
 _FEATURES = (
     "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16",
@@ -112,7 +112,13 @@ def _openmp() -> dict[str, Any]:
 
 def _backends() -> dict[str, dict[str, str]]:
     """Runs every backend of every operation once, on next to nothing, and tells the kernel or the error."""
-    names = {"int8_matmul": ops.BACKENDS, "distill_loss": ops.DISTILL_BACKENDS, "sparse_linear": ops.SPARSE_BACKENDS}
+    names = {
+        "int8_matmul": ops.BACKENDS,
+        "int4_matmul": ops.INT4_BACKENDS,
+        "int8_conv2d": ops.CONV_BACKENDS,
+        "distill_loss": ops.DISTILL_BACKENDS,
+        "sparse_linear": ops.SPARSE_BACKENDS,
+    }
     return {
         operation: {backend: _try(operation, backend) for backend in names[operation] if backend != "auto"}
         for operation in OPERATIONS
@@ -145,6 +151,20 @@ def _try_int8_matmul(backend: str, device: str) -> Trial:
     return y.item(), 1, ops.kernel_name(ops.pack_weight(weight)) if backend == "native" else ""
 
 
+def _try_int4_matmul(backend: str, device: str) -> Trial:
+    weight, scale, _ = ops.quantize_weight_int4(torch.ones(1, 1, device=device), "nf4")
+    y = ops.int4_linear(torch.ones(1, device=device), weight, scale, format="nf4", backend=backend)
+    if backend != "native":
+        return y.item(), 1, ""
+    return y.item(), 1, ops.int4_kernel_name(ops.pack_weight_int4(weight, scale, in_features=1, format="nf4"))
+
+
+def _try_int8_conv2d(backend: str, device: str) -> Trial:
+    weight, one = torch.ones(1, 1, 1, 1, dtype=torch.int8, device=device), torch.ones(1, device=device)
+    y = ops.int8_conv2d(torch.ones(1, 1, 1, 1, device=device), weight, one, backend=backend)
+    return y.item(), 1, ops.conv_kernel_name(ops.pack_conv_weight(weight)) if backend == "native" else ""
+
+
 def _try_distill_loss(backend: str, device: str) -> Trial:
     logits, label = torch.zeros(1, 2, device=device), torch.zeros(1, dtype=torch.int64, device=device)
     loss = nn.DistillationLoss(backend=backend)(logits, logits, label)
@@ -159,7 +179,13 @@ def _try_sparse_linear(backend: str, device: str) -> Trial:
     return y.item(), 1, ", ".join(ops.sparse_kernel_names(torch.float32)) if backend == "native" else ""
 
 
-_TRIALS = {"int8_matmul": _try_int8_matmul, "distill_loss": _try_distill_loss, "sparse_linear": _try_sparse_linear}
+_TRIALS = {
+    "int8_matmul": _try_int8_matmul,
+    "int4_matmul": _try_int4_matmul,
+    "int8_conv2d": _try_int8_conv2d,
+    "distill_loss": _try_distill_loss,
+    "sparse_linear": _try_sparse_linear,
+}
 
 
 def table(found: dict[str, Any]) -> Table:

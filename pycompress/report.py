@@ -6,11 +6,12 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
-from pycompress.nn import Int8Linear, SparseLinear
+from pycompress.layer_kinds import KINDS, OURS
+from pycompress.nn import FakeQuantLinear, Int8MultiheadAttention, MaskedLinear
 from pycompress.selection import memory_key
 from pycompress.text_table import TextTable
 
@@ -86,21 +87,40 @@ class QuantizedLayerReport(LayerReport):
 
 
 @dataclass(frozen=True)
+class OtherLayer(LayerReport):
+    """A row of quantize_'s report: weights that are float and no layer that was asked for. action: "float".
+
+    kind: the name in `layers` that would take it, or "" where none does.
+    """
+
+    kind: str = ""
+
+
+@dataclass(frozen=True)
 class QuantizeReport(ConversionReport):
     """The result of quantize_. `print(report)` shows a table; rich shows the same one in colour.
 
     mode: the one that was asked for, or "mixed"; `layers[i].mode` has that of each layer that was swapped.
     bytes_before, bytes_after: everything the model holds, parameters and buffers, each piece of memory once.
+    others: float weights that are not of the kinds of layers that were asked for.
     """
 
     mode: str
     bytes_before: int
     bytes_after: int
     layers: list[LayerReport] = field(default_factory=list)
+    others: list[OtherLayer] = field(default_factory=list)
 
     header: ClassVar[tuple[str, ...]] = (
         "layer", "count", "shape", "action", "mode", "activation", "MB before", "MB after", "why",
     )  # fmt: skip
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """The table as text: the layers, then the others."""
+        return super().rows() + [self.row(group) for group in grouped(self.others, self.alike)]
+
+    def is_dim(self, row: tuple[str, ...]) -> bool:
+        return row[self.header.index("action")] != "swapped"
 
     def alike(self, layer: LayerReport) -> tuple[object, ...]:
         return *super().alike(layer), getattr(layer, "mode", "")
@@ -115,8 +135,13 @@ class QuantizeReport(ConversionReport):
         counts = f" ({', '.join(f'{n} {mode}' for mode, n in modes.items())})" if self.mode == "mixed" and modes else ""
         return (
             f"quantize_ mode={self.mode}: {len(self.swapped)} swapped{counts}, {len(self.left)} left as they were, "
-            f"{len(self.fused)} with an activation folded in; {self.sizes()}"
+            f"{len(self.fused)} with an activation folded in; {self.sizes()}{self._not_asked()}"
         )
+
+    def _not_asked(self) -> str:
+        counts = Counter(other.kind for other in self.others if other.kind)
+        words = [f"{n} {kind.many if n > 1 else kind.one.split()[-1]}" for kind in KINDS if (n := counts[kind.name])]
+        return f"; not asked for: {', '.join(words)} (layers='all' takes them)" if words else ""
 
 
 @dataclass(frozen=True)
@@ -231,35 +256,44 @@ def megabytes(size: int) -> str:
     return f"{size / 1e6:.2f}" if size >= 1e5 else f"{size / 1e6:.4f}"
 
 
+_PACKED = tuple(kind for kind in OURS if kind not in (FakeQuantLinear, MaskedLinear, Int8MultiheadAttention))
+
+
 def state_bytes(model: nn.Module) -> int:
     """Bytes of what a checkpoint of the model holds, shared memory once."""
     total = 0
     seen: set[tuple[object, ...]] = set()
     for module in model.modules():
-        if isinstance(module, Int8Linear):  # saved unpacked
-            total += module.in_features * module.out_features
-        buffers = {k: v for k, v in module._buffers.items() if k not in module._non_persistent_buffers_set}
-        for tensor in (*module._parameters.values(), *buffers.values()):
-            if tensor is None or nn.parameter.is_lazy(tensor):
-                continue
-            if (key := memory_key(tensor)) not in seen:
-                seen.add(key)
-                total += tensor.numel() * tensor.element_size()
+        held = {**module._parameters, **module._buffers}
+        if not isinstance(module, _PACKED):
+            kept = {key: t for key, t in held.items() if key not in module._non_persistent_buffers_set}
+            total += _bytes_of(kept.values(), seen)
+            continue
+        saved: dict[str, Any] = {}
+        module._save_to_state_dict(saved, "", False)
+        total += _bytes_of((held[key] for key in saved if key in held), seen)
+        total += sum(tensor.nbytes for key, tensor in saved.items() if key not in held)  # unpacked for this
     return total
 
 
 def model_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers at rest, shared ones once; Int8Linear and SparseLinear as packed."""
+    """Bytes of all parameters and buffers at rest, shared ones once; of layers that pack their weight as packed."""
     total = 0
     seen: set[tuple[object, ...]] = set()
     for module in model.modules():
-        if isinstance(module, (Int8Linear, SparseLinear)):
-            total += module.memory_bytes()
+        if isinstance(module, _PACKED):
+            total += module.memory_bytes()  # type: ignore[operator]
+        else:
+            total += _bytes_of((*module._parameters.values(), *module._buffers.values()), seen)
+    return total
+
+
+def _bytes_of(tensors: Iterable[object], seen: set[tuple[object, ...]]) -> int:
+    """Of those whose memory is not in `seen`, which grows."""
+    total = 0
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor) or nn.parameter.is_lazy(tensor) or (key := memory_key(tensor)) in seen:
             continue
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is None or nn.parameter.is_lazy(tensor):
-                continue
-            if (key := memory_key(tensor)) not in seen:
-                seen.add(key)
-                total += tensor.numel() * tensor.element_size()
+        seen.add(key)
+        total += tensor.numel() * tensor.element_size()
     return total

@@ -10,31 +10,49 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize, prune
+from torch.nn.utils import parametrize
 
-from pycompress.nn import FakeQuantLinear, Int8Linear, MaskedLinear, SparseLinear
+from pycompress.layer_kinds import (
+    ATTENTION,
+    HOOKS,
+    LINEAR,
+    OURS,
+    LayerKind,
+    Slot,
+    is_hook_pruned,
+    kept_reason,
+)
 from pycompress.tracing import Shadow, last_attribute, methods_of
 
-Slot = tuple[nn.Module, str]  # (parent, key): parent._modules[key] is the module
+__all__ = [
+    "FLOATS",
+    "HOOKS",
+    "OURS",
+    "FilterFn",
+    "Layer",
+    "ModuleMap",
+    "Slot",
+    "check_patterns",
+    "check_root",
+    "closest",
+    "covers",
+    "is_hook_pruned",
+    "memory_key",
+    "own_reason",
+    "relative_name",
+    "select",
+    "tensor_owners",
+    "tied_reason",
+    "weight_read_reason",
+]
+
 FilterFn = Callable[[str, nn.Module], bool]
 
-HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
-OURS = (FakeQuantLinear, Int8Linear, MaskedLinear, SparseLinear)
 _FACTORIES = {  # what makes a single layer, where the model is itself one
     "quantize_": "pycompress.nn.Int8Linear.from_float(model)",
     "prepare_qat_": "pycompress.nn.FakeQuantLinear.from_float(model)",
@@ -47,13 +65,14 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Layer:
-    """One linear layer of the model: `reason` is empty when it is to be swapped, else why it is left."""
+    """One layer of the model: `reason` is empty when it is to be swapped, else why it is left."""
 
     name: str
     names: tuple[str, ...]
     module: nn.Module
     slots: tuple[Slot, ...]
     reason: str
+    kind: LayerKind = LINEAR
 
 
 class ModuleMap:
@@ -134,8 +153,9 @@ def select(
     pruned: bool = False,
     dtypes: tuple[torch.dtype, ...] = FLOATS,
     keeps_weight: bool = True,
+    kinds: tuple[LayerKind, ...] = (LINEAR,),
 ) -> list[Layer]:
-    """The linear layers of the model in its own order, each with the reason that keeps it, or none.
+    """The layers of these kinds in the model's own order, each with the reason that keeps it, or none.
 
     takes: types that may go besides nn.Linear and Conv1D. pruned: so may layers pruned by torch.nn.utils.prune, and
         those whose weight is parametrized. dtypes: of the parameters that may go. keeps_weight: as weight_read_reason.
@@ -143,46 +163,67 @@ def select(
     filter_fn: filter_fn(qualified name, module) -> True where the layer may be swapped.
     Raises ValueError for a pattern that matches no module, and where the model is itself the layer.
     """
-    check_root(modules.model, op)
+    check_root(modules.model, op, kinds)
     patterns = check_patterns(modules, skip, op)
     owners_of = tensor_owners(modules)
     layers = []
-    for module, names in modules.names.items():
-        if not (isinstance(module, (nn.Linear, *OURS)) or _is_conv1d(type(module), exact=False)):
+    for module, slots in ((module, modules.slots.get(module, [])) for module in modules.names):
+        kind = next((kind for kind in kinds if kind.includes(module)), None)
+        if kind is None or (ATTENTION in kinds and kind is LINEAR and _is_part(slots)):
             continue
-        reason = _skip_reason(names, patterns)
+        names = modules.names[module]
+        reason = _skip_reason([*names, *_parts(names, kind)], patterns)
         if not reason:
-            reason = _kept_reason(module, modules.slots[module], takes, pruned) or _tensors_reason(module, dtypes)
-        if not reason:
-            reason = tied_reason(module, owners_of)
-        if not reason and module in modules.aliases:
-            reason = f"is also held in {modules.aliases[module]}, a plain attribute that a swap would miss"
+            reason = own_reason(module, modules, owners_of, kind, takes=takes, pruned=pruned, dtypes=dtypes)
         if not reason:
             reason = weight_read_reason(module, modules, shadow, keeps_weight)
         if not reason and filter_fn is not None and not filter_fn(names[0], module):
             reason = "filter_fn said no"
-        layers.append(Layer(names[0], tuple(names), module, tuple(modules.slots[module]), reason))
+        layers.append(Layer(names[0], tuple(names), module, tuple(slots), reason, kind))
     return layers
 
 
-def check_root(model: nn.Module, op: str) -> None:
-    """Raises where `model` cannot be changed in place: not a module, a scripted one, or itself a linear."""
+def own_reason(
+    module: nn.Module,
+    modules: ModuleMap,
+    owners: Owners,
+    kind: LayerKind,
+    *,
+    takes: tuple[type[nn.Module], ...] = (),
+    pruned: bool = False,
+    dtypes: tuple[torch.dtype, ...] = FLOATS,
+) -> str:
+    """Why the layer has to stay, as far as the model's code need not be looked at; empty if it may go."""
+    reason = kept_reason(module, modules.slots[module], kind, takes, pruned) or _tensors_reason(module, dtypes)
+    if not reason:
+        reason = tied_reason(module, owners)
+    if not reason and module in modules.aliases:
+        reason = f"is also held in {modules.aliases[module]}, a plain attribute that a swap would miss"
+    return reason
+
+
+def _is_part(slots: list[Slot]) -> bool:
+    """Whether only attention holds the layer: then it goes or stays with that."""
+    return bool(slots) and all(ATTENTION.includes(parent) for parent, _ in slots)
+
+
+def _parts(names: list[str], kind: LayerKind) -> list[str]:
+    """What may be named instead of the layer, to keep it: the part of attention that is a module."""
+    return [f"{name}.out_proj" for name in names] if kind is ATTENTION else []
+
+
+def check_root(model: nn.Module, op: str, kinds: tuple[LayerKind, ...] = (LINEAR,)) -> None:
+    """Raises where `model` cannot be changed in place: not a module, a scripted one, or itself a layer."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{op}: model is a {type(model).__name__}; expected a torch.nn.Module")
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError(f"{op}: the model is a ScriptModule, whose layers are fixed; convert before scripting")
-    if isinstance(model, (nn.Linear, *OURS)) or _is_conv1d(type(model), exact=False):
-        factory = f"use {_FACTORIES[op]}, or pass" if op in _FACTORIES else "pass"
+    if isinstance(model, OURS) or any(kind.includes(model) for kind in (LINEAR, *kinds)):
+        factory = f"use {_FACTORIES[op]}, or pass" if op in _FACTORIES and LINEAR.includes(model) else "pass"
         raise ValueError(
             f"{op}: the model is itself a {type(model).__name__}, and a swap in place needs a parent; "
             f"{factory} nn.Sequential(model)"
         )
-
-
-def _is_conv1d(kind: type, *, exact: bool) -> bool:
-    # Without transformers in the process there can be no Conv1D, so it is never imported here.
-    conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
-    return conv1d is not None and (kind is conv1d if exact else issubclass(kind, conv1d))
 
 
 def check_patterns(modules: ModuleMap, given: str | Iterable[str], op: str, argument: str = "skip") -> list[str]:
@@ -221,57 +262,9 @@ def _skip_reason(names: list[str], patterns: list[str]) -> str:
     return next((f"skip={p!r}" for p in hits), "")
 
 
-def _kept_reason(module: nn.Module, slots: list[Slot], takes: tuple[type[nn.Module], ...], pruned: bool) -> str:
-    """Why the layer, looked at by itself, has to stay; empty if it may go."""
-    kind = parametrize.type_before_parametrizations(module)
-    if isinstance(module, OURS) and kind not in takes:
-        return _ours_reason(module)
-    parametrized, hooked = parametrize.is_parametrized(module), is_hook_pruned(module)
-    if parametrized and not (pruned and set(module.parametrizations) == {"weight"}):  # type: ignore[arg-type]
-        return "is parametrized"
-    if any(isinstance(parent, nn.MultiheadAttention) for parent, _ in slots):
-        return "nn.MultiheadAttention reads its weight directly"
-    if kind is not nn.Linear and kind not in takes and not _is_conv1d(kind, exact=True):
-        return f"is a {kind.__name__}, a subclass that may do more than a linear"
-    if "forward" in module.__dict__:
-        return "its forward was replaced on the instance"
-    hooks = [key.strip("_") for key in HOOKS if getattr(module, key, None)]
-    if hooks and not (pruned and hooked and hooks == ["forward_pre_hooks"]):
-        return f"has {hooks[0].replace('_', ' ')}"
-    if not (hooked or parametrized) and "weight" not in module._parameters:
-        return "its weight is computed, not a parameter"
-    known = {"weight", "bias"}
-    known |= {"mask"} if isinstance(module, MaskedLinear) else set()
-    known |= {"input_scale", "input_zero_point"} if kind is FakeQuantLinear else set()
-    known |= {"weight_orig", "weight_mask", "bias_orig", "bias_mask"} if hooked else set()
-    known |= {"parametrizations"} if parametrized else set()
-    extra = {*module._parameters, *module._buffers, *module._modules} - known
-    if extra:
-        return f"holds more than weight and bias: {', '.join(sorted(extra))}"
-    if module._compiled_call_impl is not None:
-        return "was compiled by itself; swap first, then compile"
-    return ""
-
-
-def _ours_reason(module: nn.Module) -> str:
-    if isinstance(module, Int8Linear):
-        return f"already int8 ({module.mode})"
-    if isinstance(module, SparseLinear):
-        return f"already sparse ({module.dtype})"
-    if isinstance(module, FakeQuantLinear):
-        return f"is fake-quantised ({module.mode}); quantize_ makes it int8, its to_linear() float"
-    return "is a MaskedLinear; sparsify_ makes it sparse, its to_linear() dense"
-
-
-def is_hook_pruned(module: nn.Module) -> bool:
-    """Whether torch.nn.utils.prune holds its weight as weight_orig and weight_mask, and its hooks are the only ones."""
-    hooks = module._forward_pre_hooks.values()
-    pruning = all(isinstance(hook, prune.BasePruningMethod) for hook in hooks)
-    return bool(hooks) and pruning and "weight_orig" in module._parameters and "weight_mask" in module._buffers
-
-
 def _tensors_reason(module: nn.Module, dtypes: tuple[torch.dtype, ...]) -> str:
-    own = module.named_parameters() if parametrize.is_parametrized(module) else module._parameters.items()
+    inner = parametrize.is_parametrized(module) or module._modules
+    own = module.named_parameters() if inner else module._parameters.items()
     return next((reason for key, tensor in own if (reason := _tensor_reason(tensor, key, dtypes))), "")
 
 
@@ -303,9 +296,12 @@ def memory_key(tensor: Tensor) -> tuple[object, ...]:
     return (tensor.device, pointer) if pointer else (id(tensor),)
 
 
-def tensor_owners(modules: ModuleMap) -> dict[tuple[object, ...], list[tuple[nn.Module, str]]]:
+Owners = dict[tuple[object, ...], list[tuple[nn.Module, str]]]
+
+
+def tensor_owners(modules: ModuleMap) -> Owners:
     """For each piece of memory the (module, qualified name) pairs that hold it as a parameter or buffer."""
-    owners: dict[tuple[object, ...], list[tuple[nn.Module, str]]] = {}
+    owners: Owners = {}
     for module, names in modules.names.items():
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
@@ -314,7 +310,7 @@ def tensor_owners(modules: ModuleMap) -> dict[tuple[object, ...], list[tuple[nn.
     return owners
 
 
-def tied_reason(module: nn.Module, owners: dict[tuple[object, ...], list[tuple[nn.Module, str]]]) -> str:
+def tied_reason(module: nn.Module, owners: Owners) -> str:
     own = set(module.modules())  # a parametrization holds the weight in a module of its own
     for key, tensor in module.named_parameters():
         for other, name in owners[memory_key(tensor)]:
@@ -330,15 +326,17 @@ def weight_read_reason(module: nn.Module, modules: ModuleMap, shadow: Shadow, ke
     keeps_weight: whether what takes the layer's place has a `weight`, float or int8, which code that knows of int8
         weights may go on reading.
     """
+    keys = dict.fromkeys(("weight", "bias", *(key for key, _ in module.named_parameters())))
     for above in modules.ancestors(module):
         traces, methods = shadow.glance(modules.names[above][0]), methods_of(above)
         for path in modules.paths(above, module):
-            for key in ("weight", "bias"):
+            for key in keys:
                 if traces.reads(f"{path}.{key}"):
                     return f"{type(above).__name__}.forward reads its {key} directly"
+            parts = {last_attribute(f"{path}.{key}".rpartition(".")[0]) for key in keys}
             for method in methods:
                 read = method.tensors_of if keeps_weight else method.tensors_of | method.int8_tensors_of
-                if last_attribute(path) in read:
+                if not parts.isdisjoint(read):
                     return f"{method.label} reads its weight or bias directly"
     return ""
 

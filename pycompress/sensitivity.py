@@ -8,7 +8,8 @@ from torch import nn
 
 from pycompress.calibration import Batch, calibrate, check_batches, with_progress
 from pycompress.convert import Ranges, shape_of
-from pycompress.ops import BACKENDS, MODES
+from pycompress.nn.quantized_linear import BIT4_MODES, LINEAR_MODES
+from pycompress.ops import BACKENDS
 from pycompress.report import model_bytes
 from pycompress.selection import OURS, FilterFn, Layer, ModuleMap, check_root, select
 from pycompress.sensitivity_measure import Error, OutputFn, Trial
@@ -37,7 +38,7 @@ def sensitivity(
     model: as quantize_ takes it. It is not changed: layers are swapped in and out.
     batches: of model inputs, as calibrate takes them. They are kept in a list, with the float output of each: the model
         runs over them once as it is, and once for every layer and mode.
-    modes: of "dynamic", "static" and "weight_only", the one that is meant to be used first.
+    modes: of "dynamic", "static", "weight_only", "int4" and "nf4", the one that is meant to be used first.
     skip, filter_fn, backend: as for quantize_.
     output_fn: output_fn(output, batch) -> the tensor to compare. By default the logits or the last hidden state of a
         Hugging Face output, else the output itself or its first item.
@@ -56,7 +57,9 @@ def sensitivity(
     check_batches(batches, _OP)
     if backend not in BACKENDS:
         raise ValueError(f"{_OP}: unknown backend {backend!r}; expected one of {', '.join(BACKENDS)}")
-    found = select(ModuleMap(model), Shadow(model, opaque=OURS), op=_OP, skip=skip, filter_fn=filter_fn)
+    int8 = not any(mode in BIT4_MODES for mode in modes)
+    shadow = Shadow(model, opaque=OURS)
+    found = select(ModuleMap(model), shadow, op=_OP, skip=skip, filter_fn=filter_fn, keeps_weight=int8)
     layers = {layer.name: layer for layer in found if not layer.reason}
     if not layers:
         raise ValueError(f"{_OP}: nothing to measure; quantize_ would swap no layer of this model")
@@ -80,15 +83,15 @@ def sensitivity(
 def _checked_modes(modes: Sequence[str]) -> tuple[str, ...]:
     given = (modes,) if isinstance(modes, str) else tuple(modes)
     for mode in given:
-        if mode not in MODES:
-            raise ValueError(f"{_OP}: unknown mode {mode!r}; expected some of {', '.join(MODES)}")
+        if mode not in LINEAR_MODES:
+            raise ValueError(f"{_OP}: unknown mode {mode!r}; expected some of {', '.join(LINEAR_MODES)}")
     if not given or len(set(given)) != len(given):
-        raise ValueError(f"{_OP}: modes={modes!r}; expected one or more of {', '.join(MODES)}, each once")
+        raise ValueError(f"{_OP}: modes={modes!r}; expected one or more of {', '.join(LINEAR_MODES)}, each once")
     return given
 
 
 def _measured(trial: Trial, layer: Layer, modes: Sequence[str]) -> LayerSensitivity:
     errors = {mode: trial.error({layer.name: mode}) for mode in modes}
-    sizes = {mode: trial.int8(layer.name, mode).memory_bytes() for mode in modes}
+    sizes = {mode: model_bytes(trial.quantised(layer.name, mode)) for mode in modes}
     trial.forget()
     return LayerSensitivity(layer.name, shape_of(layer.module), model_bytes(layer.module), errors, sizes)

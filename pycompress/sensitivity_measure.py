@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from pycompress.calibration import Batch, evaluating, feed
-from pycompress.convert import FLOAT, Ranges, apply_edits, int8_layer
-from pycompress.fuse import Edit, FusionPlan
-from pycompress.nn import Int8Linear
+from pycompress.convert import FLOAT, Ranges, apply_edits, input_range, new_layer
+from pycompress.fuse import Edit
+from pycompress.layer_kinds import How
 from pycompress.selection import Layer
 
 OutputFn = Callable[[Any, Batch], Tensor]
@@ -88,7 +88,7 @@ class Trial:
         self.model, self.batches, self.layers = model, batches, layers
         self._output_fn = output_fn or main_output
         self._calibration, self._backend = calibration, backend
-        self._made: dict[tuple[str, str], Int8Linear] = {}
+        self._made: dict[tuple[str, str], nn.Module] = {}
         with evaluating(model):
             self._expected = [self._rows(batch) for batch in batches]
         if not all(bool(torch.isfinite(rows).all()) for rows in self._expected):
@@ -99,13 +99,12 @@ class Trial:
     def _rows(self, batch: Batch) -> Tensor:
         return rows_of(self._output_fn(feed(self.model, batch, _OP), batch), batch)
 
-    def int8(self, name: str, mode: str) -> Int8Linear:
+    def quantised(self, name: str, mode: str) -> nn.Module:
         """The layer as quantize_ would make it, made once until `forget`."""
         if (name, mode) not in self._made:
-            ranges = self._calibration
-            self._made[name, mode] = int8_layer(
-                self.layers[name], mode, FusionPlan(), ranges, backend=self._backend, op=_OP
-            )
+            layer, ranges = self.layers[name], self._calibration if mode == "static" else None
+            found = None if ranges is None else input_range(layer, ranges)
+            self._made[name, mode] = new_layer(layer, How(mode, input_range=found, backend=self._backend), _OP)
         return self._made[name, mode]
 
     def forget(self) -> None:
@@ -130,7 +129,7 @@ class Trial:
     @contextmanager
     def _swapped(self, modes: Mapping[str, str]) -> Iterator[None]:
         edits = [
-            Edit(parent._modules, key, self.int8(name, mode))
+            Edit(parent._modules, key, self.quantised(name, mode))
             for name, mode in modes.items()
             if mode != FLOAT
             for parent, key in self.layers[name].slots

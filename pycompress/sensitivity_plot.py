@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pycompress.sensitivity_report import SensitivityReport
 
-_COLOURS = {"dynamic": "#2563eb", "static": "#7c3aed", "weight_only": "#e0a030"}
+_COLOURS = {"dynamic": "#2563eb", "static": "#7c3aed", "weight_only": "#e0a030", "int4": "#0d9488", "nf4": "#db2777"}
 
 
 def plot(report: SensitivityReport, path: str | os.PathLike[str], most: int) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from pycompress.calibration import Batch, check_batches
 from pycompress.convert import FLOAT, REST
-from pycompress.ops import MODES
+from pycompress.nn.quantized_linear import BIT4_MODES, LINEAR_MODES
 from pycompress.report import megabytes
 from pycompress.selection import OURS, ModuleMap, select
 from pycompress.sensitivity_measure import Error, OutputFn, Trial
@@ -165,7 +165,7 @@ class SensitivityReport(TextTable):
             if mode not in known:
                 raise ValueError(
                     f"choose: gentler holds {mode!r}; expected some of {', '.join(known)}"
-                    + (f"; measure it: sensitivity(..., modes={(*self.modes, mode)})" if mode in MODES else "")
+                    + (f"; measure it: sensitivity(..., modes={(*self.modes, mode)})" if mode in LINEAR_MODES else "")
                 )
         return (self.modes[0], *(mode for mode in rungs if mode != self.modes[0]))
 
@@ -180,7 +180,8 @@ class SensitivityReport(TextTable):
             raise ValueError("choose: batches is empty; pass at least one (is it a generator that is used up?)")
         if "static" in self.modes:
             raise ValueError("choose: static mode needs a calibration; measure sensitivity again on this model")
-        found = select(ModuleMap(model), Shadow(model, opaque=OURS), op="choose")
+        int8 = not any(mode in BIT4_MODES for mode in self.modes)
+        found = select(ModuleMap(model), Shadow(model, opaque=OURS), op="choose", keeps_weight=int8)
         layers = {layer.name: layer for layer in found if not layer.reason}
         missing = [layer.name for layer in self.layers if layer.name not in layers]
         if missing:
@@ -223,7 +224,7 @@ class SensitivityReport(TextTable):
         try:
             modes = tuple(content["modes"])
             layers = [_layer_of(row, modes) for row in content["layers"]]
-            if not layers or not modes or not all(mode in MODES for mode in modes):
+            if not layers or not modes or not all(mode in LINEAR_MODES for mode in modes):
                 raise ValueError(f"modes are {modes}, {len(layers)} layers")
             return cls(modes, layers, int(content["other_bytes"]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -269,6 +269,9 @@ class _PathTracer(fx.Tracer):
 # Methods that fill, save, load or print weights name a layer without computing with it.
 _BOOKKEEPING = re.compile(r"(^|_)(init|initiali[sz]e|reset|state_dict|repr|getstate|setstate|deepcopy)(_|$)")
 _WALKERS = frozenset(("children", "named_children", "_modules"))
+_TENSORS = frozenset(  # of a layer, of nn.MultiheadAttention too
+    ("weight", "bias", "in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+)
 
 
 @dataclass(frozen=True)
@@ -353,7 +356,7 @@ def _names_in(code: types.CodeType) -> Iterator[str]:
 def _tensors_in(code: types.CodeType) -> Iterator[str]:
     steps = list(dis.get_instructions(code))
     for i, step in enumerate(steps):
-        if step.opname == "LOAD_ATTR" and step.argval in ("weight", "bias"):
+        if step.opname == "LOAD_ATTR" and step.argval in _TENSORS:
             at = i - 1
             while at > 2 and (steps[at].opname == "BINARY_SUBSCR" or steps[at].argrepr == "[]"):
                 at -= 2  # the subscript and its index

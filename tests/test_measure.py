@@ -11,8 +11,17 @@ import torch
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
+from pycompress import quantize_
 from pycompress.bench.timing import Runner, time_round_robin
-from pycompress.nn import Int8Linear, MaskedLinear, SparseLinear
+from pycompress.nn import (
+    Int4Linear,
+    Int8Conv2d,
+    Int8Embedding,
+    Int8Linear,
+    Int8MultiheadAttention,
+    MaskedLinear,
+    SparseLinear,
+)
 from pycompress.report import model_bytes
 from pycompress.workflow.measure import Quartiles, batch_of, in_eval_mode, latencies, latency, machine_peaks, sizes
 from tests.measure_models import half_mask, mlp
@@ -51,6 +60,19 @@ def test_sizes_of_our_layers_count_n_times_k() -> None:
     found = sizes(nn.Sequential(quantised))
     assert found.parameters == 16 * 32 + 32
     assert found.sparsity == 1 - int((quantised.weight != 0).sum()) / (16 * 32)
+
+
+@pytest.mark.parametrize("mode", ["int4", "nf4"])
+def test_sizes_of_other_kinds_of_layers_count_every_weight(mode: str) -> None:
+    model = nn.Sequential(nn.Linear(16, 32), nn.Conv2d(16, 8, 3), nn.Embedding(10, 16), nn.MultiheadAttention(16, 2))
+    before = sizes(model)
+    quantize_(model, {"*": mode, "1": "dynamic"}, layers="all", group_size=8)
+    assert [type(layer) for layer in model] == [Int4Linear, Int8Conv2d, Int8Embedding, Int8MultiheadAttention]
+    found = sizes(model)
+    assert found.parameters == before.parameters
+    assert found.memory_bytes == model_bytes(model) < before.memory_bytes / 2
+    weight = model[0].to_float().weight
+    assert sizes(model[:1]).nonzero == int(weight.count_nonzero()) + int(model[0].bias.count_nonzero())
 
 
 def test_sizes_see_the_mask_of_torch_prune() -> None:

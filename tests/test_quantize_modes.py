@@ -112,10 +112,10 @@ def test_static_layers_that_calibration_did_not_reach_stay_float():
     ("kwargs", "error", "match"),
     [
         ({"mode": {"haed": "float"}}, ValueError, r"mode='haed' matches no module of the model; .*'head'"),
-        ({"mode": {"head": "int4"}}, ValueError, r"unknown mode 'int4' for 'head'; expected one of .*float"),
+        ({"mode": {"head": "int2"}}, ValueError, r"unknown mode 'int2' for 'head'; expected one of .*float"),
         ({"mode": {"*": "none"}}, ValueError, r"unknown mode 'none' for '\*'"),
         ({"mode": {3: "float"}}, TypeError, r"mode holds 3; expected qualified names"),
-        ({"mode": "float"}, ValueError, r"unknown mode 'float'; expected one of dynamic, static, weight_only$"),
+        ({"mode": "float"}, ValueError, r"unknown mode 'float'; expected one of dynamic, static, weight_only, int4, nf4$"),
         ({"mode": ["dynamic"]}, TypeError, r"mode is a list; expected a str, or a mapping"),
         ({"mode": {"head": "static"}}, ValueError, r"mode='static' needs the range"),
         ({"mode": {"head": "float"}, "calibration": {"head": (0, 1)}}, ValueError, r"mode='dynamic' and 'float' would"),

@@ -49,7 +49,7 @@ def error_of(model: nn.Module, int8: nn.Module) -> tuple[float, float]:
     return float(1 - cosine), float((after - before).norm() / before.norm())
 
 
-@pytest.mark.parametrize("mode", ["dynamic", "static", "weight_only"])
+@pytest.mark.parametrize("mode", ["dynamic", "static", "weight_only", "int4", "nf4"])
 def test_the_error_is_that_of_the_model_with_this_layer_alone(mode):
     model = Net().eval()
     report = measured(model, modes=[mode])
@@ -226,7 +226,7 @@ def test_out_of_reach():
         ({"target": 0}, "target=0; expected a mean cosine"),
         ({"target": 1.5}, r"target=1\.5"),
         ({"target": 0.9, "max_bytes": 0}, "max_bytes=0; expected a share"),
-        ({"target": 0.9, "gentler": ["int4"]}, "gentler holds 'int4'; expected some of dynamic, weight_only, float$"),
+        ({"target": 0.9, "gentler": ["int2"]}, "gentler holds 'int2'; expected some of dynamic, weight_only, float$"),
         ({"target": 0.9, "gentler": "static"}, r"gentler holds 'static'.*modes=\('dynamic', 'weight_only', 'static'\)"),
     ],
 )
@@ -273,7 +273,7 @@ def damaged(**changes) -> str:
 @pytest.mark.parametrize(
     "text",
     [
-        "no JSON", "[]", "{}", "[" * 100_000, damaged(version=2), damaged(format="x"), damaged(modes=["int4"]),
+        "no JSON", "[]", "{}", "[" * 100_000, damaged(version=2), damaged(format="x"), damaged(modes=["int2"]),
         damaged(layers=[]), damaged(layers=[{}]), damaged(layers=7), damaged(other_bytes="many"), damaged(modes=None),
         damaged(modes=["static"]),
     ],
@@ -298,7 +298,7 @@ def test_plot(tmp_path):
 @pytest.mark.parametrize(
     ("kwargs", "error", "match"),
     [
-        ({"modes": ["int4"]}, ValueError, "sensitivity: unknown mode 'int4'"),
+        ({"modes": ["int2"]}, ValueError, "sensitivity: unknown mode 'int2'"),
         ({"modes": []}, ValueError, "expected one or more"),
         ({"modes": ["dynamic", "dynamic"]}, ValueError, "each once"),
         ({"backend": "tpu"}, ValueError, "unknown backend 'tpu'"),
@@ -328,13 +328,13 @@ def test_a_layer_that_cannot_be_quantised_is_named(monkeypatch):
 
 
 def test_an_output_that_is_not_finite_when_quantised_is_the_worst_error(monkeypatch):
-    def infinite(layer, *args, **kwargs):
-        new = sensitivity_measure.Int8Linear.from_float(layer.module)
+    def infinite(layer, *args):
+        new = Int8Linear.from_float(layer.module)
         if layer.name == "c":
             new.weight_scale.fill_(torch.inf)
         return new
 
-    monkeypatch.setattr(sensitivity_measure, "int8_layer", infinite)
+    monkeypatch.setattr(sensitivity_measure, "new_layer", infinite)
     report = measured(Net(), modes="dynamic")
     assert report.by_error[0].name == "c"
     assert report.by_error[0].error("dynamic") == float("inf")

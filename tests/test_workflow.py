@@ -18,8 +18,9 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from pycompress import layer_kinds
 from pycompress.model_file import load_model, save_model
-from pycompress.nn import FakeQuantLinear, MaskedLinear
+from pycompress.nn import FakeQuantLinear, Int4Linear, Int8Conv2d, Int8Linear, MaskedLinear
 from pycompress.recipe import Finetune, Prune, Quantize, Recipe
 from pycompress.workflow import CompressResult, StageRecord, compress
 from tests.workflow_runs import QUIET, RECIPE, accuracy, make_data, make_loader, make_model, run
@@ -232,6 +233,7 @@ def test_training_that_changes_nothing_says_so() -> None:
         [{"qat": {"mode": "static", "train": {"steps": 2}}}, {"quantize": {"mode": "static"}}],
         [{"quantize": {"mode": "static", "method": "mse", "smooth": 0.5}}],
         [{"quantize": {"sensitivity": {"target": 0.99999}}}],
+        [{"quantize": {"mode": "int4", "group_size": 8, "symmetric": False, "layers": "all"}}],
     ],
 )
 def test_recipes_of_all_stages_run(stages: list[Any], tmp_path: Path) -> None:
@@ -241,6 +243,19 @@ def test_recipes_of_all_stages_run(stages: list[Any], tmp_path: Path) -> None:
     assert all(not record.warning for record in result.records)
     x, _ = make_data()
     assert result.model(x).isfinite().all()
+
+
+@pytest.mark.parametrize("mode", ["static", "nf4"])
+def test_layers_of_other_kinds_are_quantised_too(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_kinds, "why_not", lambda conv: "")  # however small
+    model = nn.Sequential(nn.Unflatten(1, (1, 4, 4)), nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 4))
+    stage = Quantize(mode=mode, layers=("conv2d", "linear"), group_size=16 if mode == "nf4" else 128)
+    result = run(tmp_path / "run", model=model, recipe={"stages": [stage], **QUIET})
+    assert type(result.model[1]) is (Int8Conv2d if mode == "static" else nn.Conv2d)
+    assert type(result.model[4]) is (Int8Linear if mode == "static" else Int4Linear)
+    loaded = load_model(tmp_path / "run" / "model.safetensors", copy.deepcopy(model))
+    x, _ = make_data()
+    assert torch.equal(loaded.eval()(x), result.model.eval()(x))
 
 
 def test_conv1d_is_pruned_while_it_trains(tmp_path: Path) -> None:

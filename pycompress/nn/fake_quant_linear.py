@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pycompress import ops
 from pycompress.nn.masked_linear import Fold, MaskedLinear, fold_of
+from pycompress.nn.packed_weight import keep_dtypes
 from pycompress.ops.int8_matmul import check_options
 from pycompress.ops.int8_matmul_weight import static_qparams, static_tensors
 
@@ -190,10 +191,7 @@ class FakeQuantLinear(MaskedLinear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FakeQuantLinear:
         statics = {name: self._buffers[name] for name in ("input_scale", "input_zero_point")}
         super()._apply(fn, recurse)
-        for name, old in statics.items():
-            new = self._buffers[name]
-            if old is not None and new is not None and new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)  # .half(), .type() and the like: statics stay
+        keep_dtypes(self, statics)
         self._kept = None
         return self
 

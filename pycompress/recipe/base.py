@@ -35,6 +35,11 @@ def as_tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
+def as_names(value: object) -> object:
+    """A tuple of the names that are given, be it one or a list."""
+    return (value,) if isinstance(value, str) else as_tuple(value)
+
+
 def check_pattern(value: str) -> str:
     Pattern.parse(value)
     return value

@@ -25,6 +25,7 @@ from pycompress.recipe.base import (
     Section,
     Share,
     Steps,
+    as_names,
     as_tuple,
     check_pattern,
 )
@@ -277,7 +278,12 @@ class Quantize(Stage):
     """
 
     name: ClassVar[str] = "quantize"
-    mode: Literal["dynamic", "static", "weight_only"] = "dynamic"
+    mode: Literal["dynamic", "static", "weight_only", "int4", "nf4"] = "dynamic"
+    layers: Annotated[
+        tuple[Literal["linear", "conv2d", "embedding", "attention", "all"], ...], BeforeValidator(as_names)
+    ] = ("linear",)
+    group_size: Count | Literal[-1] = 128  # of int4 and nf4: weights that share a scale; -1: a row
+    symmetric: bool = True  # of int4
     method: Literal["minmax", "percentile", "mse"] = "minmax"  # of static's calibration
     skip: Names = ()
     fuse: bool = True
@@ -290,11 +296,21 @@ class Quantize(Stage):
         return self.mode == "static" or self.smooth is not None or self.sensitivity is not None
 
     @model_validator(mode="after")
-    def _calibrates(self) -> Quantize:
+    def _uses_its_options(self) -> Quantize:
         if self.method != "minmax" and self.mode != "static":
             raise ValueError(f"method is of mode 'static', but mode is {self.mode!r}; leave method out")
+        if self.group_size != 128 and self.mode not in ("int4", "nf4"):
+            raise ValueError(f"group_size is of modes 'int4' and 'nf4', but mode is {self.mode!r}; leave it out")
+        if not self.symmetric and self.mode != "int4":
+            raise ValueError(f"symmetric is of mode 'int4', but mode is {self.mode!r}; leave it out")
+        if not self.layers:
+            raise ValueError("layers is empty; leave it out for linear layers")
         if self.smooth is None and self.smooth_where != "anywhere":
             raise ValueError("smooth_where is not used without smooth; leave it out, or give smooth: 0.5")
+        if self.sensitivity is not None and self.layers != ("linear",):
+            raise ValueError("sensitivity measures linear layers; leave layers out, or sensitivity")
+        if self.sensitivity is not None and not (self.group_size == 128 and self.symmetric):
+            raise ValueError("sensitivity measures symmetric groups of 128; leave group_size and symmetric out")
         return self
 
 

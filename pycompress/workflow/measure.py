@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pycompress import ops
 from pycompress.bench.timing import Runner, quantile, time_round_robin
 from pycompress.calibration import feed
-from pycompress.nn import Int8Linear, SparseLinear
+from pycompress.nn import Int4Linear, Int8Conv2d, Int8Embedding, Int8EmbeddingBag, Int8Linear, SparseLinear
 from pycompress.nn.float_linear import is_conv1d
 from pycompress.report import model_bytes
 from pycompress.selection import memory_key
@@ -57,7 +58,7 @@ def sizes(model: nn.Module) -> Sizes:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether this is one linear layer, of torch, transformers or ours, in whatever form it holds its weight."""
-    if isinstance(module, (nn.Linear, Int8Linear, SparseLinear)):
+    if isinstance(module, (nn.Linear, Int4Linear, Int8Linear, SparseLinear)):
         return True
     return is_conv1d(module) and isinstance(getattr(module, "weight", None), Tensor)
 
@@ -66,8 +67,12 @@ def _counts(module: nn.Module, seen: set[tuple[object, ...]]) -> Iterator[tuple[
     """(name, numbers, those that are not 0) of each parameter that the module itself holds, and is not in `seen`."""
     if isinstance(module, SparseLinear):
         yield "weight", module.in_features * module.out_features, _nonzero(module.weight_values)
-    elif isinstance(module, Int8Linear):
-        yield "weight", module.in_features * module.out_features, _nonzero(module.weight)
+    elif isinstance(module, Int4Linear):
+        yield "weight", module.in_features * module.out_features, _nonzero(_dense(module))
+    elif isinstance(module, (Int8Conv2d, Int8Linear)):
+        yield "weight", (weight := module.weight).numel(), _nonzero(weight)
+    elif isinstance(module, (Int8Embedding, Int8EmbeddingBag)):
+        yield "weight", module.int8_weight.numel(), _nonzero(module.int8_weight)
     for key, tensor in module._parameters.items():
         if tensor is None or nn.parameter.is_lazy(tensor) or (where := memory_key(tensor)) in seen:
             continue
@@ -76,6 +81,17 @@ def _counts(module: nn.Module, seen: set[tuple[object, ...]]) -> Iterator[tuple[
         mask = getattr(module, {"weight": "mask", "weight_orig": "weight_mask"}.get(key, ""), None)
         mask = mask if isinstance(mask, Tensor) and mask.shape == tensor.shape else None
         yield key, tensor.numel(), _nonzero(tensor, mask)
+
+
+def _dense(module: Int4Linear) -> Tensor:
+    return ops.dequantize_weight_int4(
+        module.weight,
+        module.weight_scale,
+        module.weight_zero_point,
+        in_features=module.in_features,
+        format=module.format,
+        group_size=module.group_size,
+    )
 
 
 def _nonzero(tensor: Tensor, mask: Tensor | None = None) -> int:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pycompress.calibration import evaluating, feed
 from pycompress.convert import shape_of
-from pycompress.nn import Int8Linear, LowRankLinear, SparseLinear
+from pycompress.nn import Int4Linear, Int8Linear, LowRankLinear, SparseLinear
 from pycompress.nn.fake_quant_linear import FakeQuantLinear
 from pycompress.ops.int8_matmul_reference import apply_activation
 from pycompress.ops.sparse_linear_reference import DENSE, INDEX
@@ -341,6 +341,8 @@ def _work(leaf: nn.Module, tap: _Tap) -> tuple[int, int, str]:
     if isinstance(leaf, (Int8Linear, FakeQuantLinear)):
         precision = "int8" if leaf.mode != "weight_only" else _name(tap.x_dtype)
         return dense, (held if isinstance(leaf, Int8Linear) else n * k) * tap.calls, precision
+    if isinstance(leaf, Int4Linear):
+        return dense, held * tap.calls, _name(tap.x_dtype)
     if isinstance(leaf, SparseLinear):
         code = _form_used(leaf, tap.tokens // max(1, tap.calls))
         unused = {"_dense", "_index"} - {"_dense" if code == DENSE else "_index" if code == INDEX else ""}
@@ -362,6 +364,8 @@ def _form_used(leaf: SparseLinear, tokens: int) -> int:
 def _form(leaf: nn.Module) -> str:
     if isinstance(leaf, (Int8Linear, FakeQuantLinear)):
         return f"int8 {leaf.mode}"
+    if isinstance(leaf, Int4Linear):
+        return f"{leaf.format} in groups of {leaf.group_size}"
     if isinstance(leaf, SparseLinear):
         return f"{leaf.dtype} {'+'.join(leaf.forms())}"
     weight = getattr(leaf, "weight", None)

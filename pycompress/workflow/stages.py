@@ -22,6 +22,7 @@ from pycompress.convert import FLOAT, QuantizeReport, apply_edits, quantize_
 from pycompress.cost_model import DEFAULT_TOKENS, CostModel, default_cost_model
 from pycompress.cost_target import target_on
 from pycompress.fuse import Edit
+from pycompress.layer_kinds import LINEAR, LayerKind, kinds_of
 from pycompress.nn import MaskedLinear
 from pycompress.nn.float_linear import is_conv1d
 from pycompress.pruning import PruneReport, PruningSchedule, prune_
@@ -229,8 +230,10 @@ def _qat(stage: Qat, model: nn.Module, bench: Bench) -> Done:
     return Done(f"{text}; {steps} steps", steps)
 
 
-def _ranges(model: nn.Module, bench: Bench, skip: Iterable[str], method: str = "minmax") -> Calibration:
-    return calibrate(model, bench.inputs(), method, skip=tuple(skip), progress=bench.job.progress)
+def _ranges(
+    model: nn.Module, bench: Bench, skip: Iterable[str], method: str = "minmax", layers: Iterable[str] = ("linear",)
+) -> Calibration:
+    return calibrate(model, bench.inputs(), method, layers=layers, skip=tuple(skip), progress=bench.job.progress)
 
 
 # ---- conversions ------------------------------------------------------------------------------------------------
@@ -240,7 +243,7 @@ def _quantize(stage: Quantize, model: nn.Module, bench: Bench) -> Done:
     notes = []
     if folded := _fold_masks(model, stage.skip):
         notes.append(f"{folded} pruned layers made dense")
-    if not _takes_int8(model, stage.skip):  # but those that qat prepared, which go as they were trained
+    if not _takes_int8(model, stage):  # but those that qat prepared, which go as they were trained
         report = quantize_(model, skip=stage.skip, fuse=stage.fuse)
         return Done("; ".join([*notes, _warned_conversion(report, "no layer was quantised")]))
     if stage.smooth is not None:
@@ -249,19 +252,30 @@ def _quantize(stage: Quantize, model: nn.Module, bench: Bench) -> Done:
         where, skip = stage.smooth_where, stage.skip
         shown = bench.job.progress
         notes.append(smooth_(model, bench.inputs(), stage.smooth, where=where, skip=skip, progress=shown).summary())
-    ranges = _ranges(model, bench, stage.skip, stage.method) if stage.mode == "static" else None
+    static = stage.mode == "static"
+    ranges = _ranges(model, bench, stage.skip, stage.method, stage.layers) if static else None
     mode: str | Mapping[str, str] = stage.mode
     if stage.sensitivity is not None:
         mode, note = _chosen_modes(stage, stage.sensitivity, model, bench, ranges)
         notes.append(note)
         ranges = ranges if "static" in mode.values() else None
-    report = quantize_(model, mode, skip=stage.skip, fuse=stage.fuse, calibration=ranges)
+    report = quantize_(
+        model,
+        mode,
+        layers=stage.layers,
+        group_size=stage.group_size,
+        symmetric=stage.symmetric,
+        skip=stage.skip,
+        fuse=stage.fuse,
+        calibration=ranges,
+    )
     return Done("; ".join([*notes, _warned_conversion(report, "no layer was quantised")]))
 
 
-def _takes_int8(model: nn.Module, skip: Iterable[str]) -> bool:
+def _takes_int8(model: nn.Module, stage: Quantize) -> bool:
     """Whether there is a float layer to calibrate, to measure and to quantise."""
-    return any(not layer.reason for layer in _selected(model, skip))
+    kinds = kinds_of(stage.layers, "quantize_")
+    return any(not layer.reason for layer in _selected(model, stage.skip, kinds=kinds))
 
 
 def _fold_masks(model: nn.Module, skip: Iterable[str]) -> int:
@@ -277,8 +291,10 @@ def _fold_masks(model: nn.Module, skip: Iterable[str]) -> int:
     return len(chosen)
 
 
-def _selected(model: nn.Module, skip: Iterable[str], *takes: type[nn.Module]) -> list[Layer]:
-    return select(ModuleMap(model), Shadow(model, opaque=OURS), op="quantize_", skip=skip, takes=takes)
+def _selected(
+    model: nn.Module, skip: Iterable[str], *takes: type[nn.Module], kinds: tuple[LayerKind, ...] = (LINEAR,)
+) -> list[Layer]:
+    return select(ModuleMap(model), Shadow(model, opaque=OURS), op="quantize_", skip=skip, takes=takes, kinds=kinds)
 
 
 def _chosen_modes(
