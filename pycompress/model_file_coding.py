@@ -17,10 +17,11 @@ from __future__ import annotations
 import lzma
 import math
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,6 +29,7 @@ from pycompress.ops.sparse_linear_weight import sparse_mask
 from pycompress.tensor_file import DTYPES, TensorFileError, dtype_name, tensor_bytes
 
 BITS = "bits"
+_STEP = 1 << 18  # bytes that are decoded at once
 _SHORT = 1 << 18  # bytes on which every coder is tried; lzma takes a second for a million
 _PIECES, _PIECE = 16, 1 << 14  # of longer data, whether a search for repetitions is worth its time
 _WORTH_SEARCH = 0.99
@@ -168,7 +170,7 @@ class Part:
             sound = part.dtype in DTYPES and part.how in ("plain", "bits", "bitmap", "sparse")
             sound = sound and all(type(size) is int and 0 <= size < 2**63 for size in sizes)
             sound = sound and (part.how == "plain" or (len(part.block) == 2 and min(part.block) > 0))
-            sound = sound and (part.how != "bits" or part.dtype == "BOOL")
+            sound = sound and (part.dtype == "BOOL") == (part.how == "bits")
             if part.how == "bitmap":  # nobody else says how many columns there are
                 sound = sound and part.dtype == "U8" and part.shape[1:] == [-(-part.columns // 8)]
         except TypeError:
@@ -292,3 +294,46 @@ def decode_stream(planes: Sequence[tuple[str, bytes | bytearray]], itemsize: int
     for byte, plane in enumerate(decoded):
         whole[byte::itemsize] = plane
     return memoryview(whole)
+
+
+def decode_into(
+    memory: memoryview, planes: Sequence[tuple[str, Iterable[bytes | bytearray]]], itemsize: int, what: str
+) -> None:
+    """As decode_stream, into memory that is there, piece by piece: for a large tensor, which is a stream of its own."""
+    values = np.frombuffer(memory, np.uint8).reshape(-1, itemsize)
+    if len(planes) != itemsize:
+        raise TensorFileError(f"{what} is damaged: it has {len(planes)} planes, expected {itemsize}")
+    for byte, (coder, coded) in enumerate(planes):
+        done = 0
+        for piece in _decoded_pieces(coder, coded, what):
+            if done + len(piece) > len(values):
+                raise TensorFileError(f"{what} is damaged: it decodes to more than {len(values)} bytes")
+            values[done : done + len(piece), byte] = np.frombuffer(piece, np.uint8)
+            done += len(piece)
+        if done != len(values):
+            raise TensorFileError(f"{what} is damaged: it decodes to {done} bytes, expected {len(values)}")
+
+
+def _decoded_pieces(coder: str, coded: Iterable[bytes | bytearray], what: str) -> Iterator[bytes | bytearray]:
+    if coder == "raw":
+        yield from coded
+        return
+    if coder not in CODERS:
+        raise TensorFileError(f"{what} is coded as {coder!r}, which this pycompress does not know; update pycompress")
+    is_lzma = coder == "lzma"
+    decoder: Any = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_LZMA) if is_lzma else zlib.decompressobj(-15)
+    try:
+        for data in coded:
+            if decoder.eof:
+                raise TensorFileError(f"{what} is damaged: something follows its end")
+            rest: bytes | bytearray = data
+            while not decoder.eof:
+                piece = decoder.decompress(rest, _STEP)
+                yield piece
+                rest = b"" if is_lzma else decoder.unconsumed_tail
+                if decoder.needs_input if is_lzma else not rest and len(piece) < _STEP:
+                    break
+    except (zlib.error, lzma.LZMAError) as error:
+        raise TensorFileError(f"{what} is damaged ({error})") from error
+    if not decoder.eof or decoder.unused_data:
+        raise TensorFileError(f"{what} is damaged: it does not end where it should")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -12,8 +15,11 @@ from torch import Tensor, nn
 from pycompress.fuse import Edit
 from pycompress.selection import ModuleMap, memory_key
 from pycompress.structure import Plan
-from pycompress.structure_kinds import Kind, kind_of
-from pycompress.tensor_file import Pending, dtype_name
+from pycompress.structure_kind import Kind, fill_packed
+from pycompress.structure_kinds import kind_of
+from pycompress.tensor_file import Pending, Scratch, dtype_name
+
+_WORKERS = min(4, os.cpu_count() or 1)  # that read and pack; each holds a plain layer meanwhile
 
 # ---- from a model ---------------------------------------------------------------------------------------------------
 
@@ -29,20 +35,20 @@ class Found:
     bitmaps: dict[str, int] = field(default_factory=dict)  # the columns of the pruned weight whose bitmap it is
 
 
-def collect(model: nn.Module) -> Found:
+def collect(model: nn.Module, op: str = "save_model") -> Found:
     """Raises TypeError or ValueError, with its name, for what a file cannot keep."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"save_model: model is a {type(model).__name__}; expected a torch.nn.Module")
+        raise TypeError(f"{op}: model is a {type(model).__name__}; expected a torch.nn.Module")
     found = Found()
     owners: dict[tuple[object, ...], str] = {}
     for module, (name, *_) in ModuleMap(model).names.items():
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise TypeError(
-                f"save_model: {name!r} ({type(module).__name__}) has extra state of its own (get_extra_state), which "
+                f"{op}: {name!r} ({type(module).__name__}) has extra state of its own (get_extra_state), which "
                 "need not be tensors; keep it in buffers, or save it yourself"
             )
         prefix, kind = f"{name}." if name else "", kind_of(module)
-        for key, item in _pending_of(module, kind, prefix).items():
+        for key, item in _pending_of(module, kind, prefix, op).items():
             full, own = prefix + key, module._parameters.get(key, module._buffers.get(key))
             is_parameter = key in module._parameters
             if is_parameter and own is not None and not own.requires_grad:
@@ -60,11 +66,11 @@ def collect(model: nn.Module) -> Found:
     return found
 
 
-def _pending_of(module: nn.Module, kind: Kind | None, prefix: str) -> dict[str, Pending]:
+def _pending_of(module: nn.Module, kind: Kind | None, prefix: str, op: str) -> dict[str, Pending]:
     """The module's own tensors by their keys, to be made when they are written."""
     own = {key: t for key, t in (*module._parameters.items(), *module._buffers.items()) if t is not None}
     for key, tensor in own.items():
-        _check_savable(tensor, prefix + key)
+        _check_savable(tensor, prefix + key, op)
     if kind is None or kind.tensors is None:
         return {key: Pending.of(tensor) for key, tensor in own.items()}
     make, found = kind.tensors, {}
@@ -76,7 +82,7 @@ def _pending_of(module: nn.Module, kind: Kind | None, prefix: str) -> dict[str, 
     return found
 
 
-def _check_savable(tensor: Tensor, name: str) -> None:
+def _check_savable(tensor: Tensor, name: str, op: str) -> None:
     why = ""
     if nn.parameter.is_lazy(tensor):
         why = "is not initialised yet; run the model once"
@@ -85,11 +91,11 @@ def _check_savable(tensor: Tensor, name: str) -> None:
     elif tensor.layout is not torch.strided or tensor.is_quantized:
         why = f"is {tensor.layout}, {tensor.dtype}; make it a dense tensor"
     if why:
-        raise ValueError(f"save_model: {name} {why}")
+        raise ValueError(f"{op}: {name} {why}")
     try:
         dtype_name(tensor.dtype)
     except TypeError as error:
-        raise TypeError(f"save_model: {name} is {error}") from error
+        raise TypeError(f"{op}: {name} is {error}") from error
 
 
 # ---- into a model ---------------------------------------------------------------------------------------------------
@@ -122,24 +128,24 @@ class Slot(NamedTuple):
         return "" if fits else f"is {dtype} {shape} in the file, expected {expected}"
 
 
-def slots_of(rebuilt: Plan) -> dict[str, Slot]:
-    """The tensors of the model to be, by name."""
-    default = _device_of(rebuilt.model, torch.device("cpu"))
+def slots_of(rebuilt: Plan, device: torch.device | None = None) -> dict[str, Slot]:
+    """The tensors of the model to be, by name. device: where they go; by default where those they replace are."""
+    default = device or _device_of(rebuilt.model, torch.device("cpu"))
     slots: dict[str, Slot] = {}
     made = set(rebuilt.made.values())
     for name, module in rebuilt.modules():
         prefix = f"{name}." if name else ""
         kind = kind_of(module) if module in made else None
         if kind is not None and kind.tensors is not None:
-            device = _device_of(rebuilt.replaced[name], default)
+            place = device or _device_of(rebuilt.replaced[name], default)
             for key, like in kind.tensors(module).items():
-                slots[prefix + key] = Slot(module, key, like, kind, device, key in module._parameters, True)
+                slots[prefix + key] = Slot(module, key, like, kind, place, key in module._parameters, True)
             continue
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
-                device = default if tensor.is_meta else tensor.device
+                place = device or (default if tensor.is_meta else tensor.device)
                 needed = tensor.is_meta or key not in module._non_persistent_buffers_set
-                slots[prefix + key] = Slot(module, key, tensor, None, device, key in module._parameters, needed)
+                slots[prefix + key] = Slot(module, key, tensor, None, place, key in module._parameters, needed)
     return slots
 
 
@@ -152,30 +158,24 @@ def fill(
     rebuilt: Plan,
     slots: Mapping[str, Slot],
     sources: Mapping[str, str],
-    read: Callable[[str, bool], Tensor],
+    read: Callable[[str, bool | Scratch], Tensor],
     frozen: set[str],
 ) -> list[Edit]:
     """Fills the new layers, which are not yet in the model, and returns what has to change in it.
 
-    sources: by slot the name in the file; read: gives the tensor of that name, to be kept or not.
+    sources: by slot the name in the file; read: gives the tensor of that name, to be kept, or in a Scratch if it can,
+    in any thread.
     """
-    by_layer: dict[nn.Module, dict[str, str]] = {}
-    for name, slot in slots.items():
-        if slot.kind is not None:
-            by_layer.setdefault(slot.module, {})[slot.key] = name
-    for name, module in rebuilt.made.items():
-        kind = kind_of(module)
-        if kind is not None and kind.fill is not None and module in by_layer:
-            # A layer at a time: what it packs is then there plain only once.
-            kept, values = {*module._parameters, *module._buffers}, {}
-            for key, full in by_layer[module].items():
-                values[key] = read(sources[full], key in kept).to(slots[full].device)
-            kind.fill(module, values, rebuilt.options[name])
+    _fill_layers(rebuilt, slots, sources, read)
     edits = list(rebuilt.edits)
     shared: dict[tuple[str, bool], Tensor] = {}  # by name in the file: a tied weight is one parameter again
-    for name, source in sources.items():
-        slot = slots[name]
+    for name, slot in slots.items():
+        source = sources.get(name)
         own: dict[str, Any] = slot.module._parameters if slot.is_parameter else slot.module._buffers
+        if source is None:  # a buffer that only the model has
+            if slot.like.device != slot.device:
+                edits.append(Edit(own, slot.key, slot.like.to(slot.device)))
+            continue
         if slot.kind is not None and own.get(slot.key) is None:
             continue  # packed by its layer
         new = shared.get((source, slot.is_parameter))
@@ -190,6 +190,51 @@ def fill(
         else:
             own[slot.key] = new
     return [*edits, *_flat_weights(rebuilt, edits)]
+
+
+def _fill_layers(
+    rebuilt: Plan,
+    slots: Mapping[str, Slot],
+    sources: Mapping[str, str],
+    read: Callable[[str, bool | Scratch], Tensor],
+) -> None:
+    by_layer: dict[nn.Module, dict[str, str]] = {}
+    for name, slot in slots.items():
+        if slot.kind is not None:
+            by_layer.setdefault(slot.module, {})[slot.key] = name
+
+    local = threading.local()
+
+    def fill_one(name: str) -> None:
+        # A layer at a time: what it packs is then there plain only once.
+        scratch: Scratch = local.__dict__.setdefault("scratch", Scratch())
+        scratch.reset()
+        module = rebuilt.made[name]
+        kept, values = {*module._parameters, *module._buffers}, {}
+        for key, full in by_layer[module].items():
+            values[key] = read(sources[full], key in kept or scratch).to(slots[full].device)
+        kind_of(module).fill(module, values, rebuilt.options[name])  # type: ignore[union-attr, misc]
+        for key, buffer in module._buffers.items():
+            if buffer is not None and scratch.holds(buffer):
+                module._buffers[key] = buffer.clone()
+
+    own: list[str] = []
+    packed: list[str] = []
+    for name, module in rebuilt.made.items():
+        kind = kind_of(module)
+        if kind is not None and kind.fill is not None and module in by_layer:
+            (packed if kind.fill is fill_packed else own).append(name)
+    for name in own:
+        fill_one(name)
+    # Reading, summing and packing are all done without the interpreter's lock.
+    with ThreadPoolExecutor(_WORKERS) as pool:
+        work = [pool.submit(fill_one, name) for name in packed]
+        try:
+            for each in work:
+                each.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def _flat_weights(rebuilt: Plan, edits: list[Edit]) -> Iterator[Edit]:

@@ -22,7 +22,8 @@ from pycompress.convert import apply_edits, carry_marks
 from pycompress.fuse import Edit
 from pycompress.selection import ModuleMap, closest
 from pycompress.structure_attributes import ReadAttributes, attributes_of, checked_attribute
-from pycompress.structure_kinds import OURS_BY_NAME, kind_of, type_name
+from pycompress.structure_kind import type_name
+from pycompress.structure_kinds import OURS_BY_NAME, kind_of
 
 __all__ = ["StructureError", "describe", "rebuild_"]
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from pycompress.fuse import Edit, identity
-from pycompress.structure_kinds import is_size, type_name
+from pycompress.structure_kind import is_size, type_name
 
 ReadAttributes = dict[str, Any]
 _FAST_PATH = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}

@@ -1,8 +1,4 @@
-"""Reading and writing safetensors files.
-
-    8 bytes  length of the header, little-endian
-    header   JSON: {"__metadata__": {text: text}, name: {"dtype": "F32", "shape": [N, K], "data_offsets": [begin, end]}}
-    data     the tensors' bytes, without gaps or overlaps; offsets count from its start
+"""Reading and writing safetensors files; ``tensor_header.py`` says how one looks, and reads its head.
 
 The library ``safetensors`` reads these files, and what it writes can be read here. Three things it does otherwise: its
 metadata comes in random order, so that one model gives many files; by default its tensors are mapped memory, which a
@@ -14,25 +10,42 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, TypeGuard
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from pycompress import _C
 from pycompress.atomic_file import replacing
+from pycompress.tensor_header import LENGTH, TensorFileError, are_sizes, checksum, read_header
 
-_LENGTH = 8
-_LARGEST_HEADER = 25_000_000  # some 150 000 tensors; parsed, JSON takes many times its size
+__all__ = [
+    "DTYPES",
+    "Entry",
+    "Pending",
+    "Scratch",
+    "TensorFile",
+    "TensorFileError",
+    "are_sizes",
+    "checksum",
+    "dtype_name",
+    "layout_bytes",
+    "tensor_bytes",
+    "write_tensors",
+]
+
 _NAMES: dict[torch.dtype, str] = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
     torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64",
     torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64", torch.complex64: "C64",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
+_ALIGNMENT = 64
+_MOST_AT_ONCE = 1 << 30  # bytes; the system reads at most 2 GiB
 DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 
 
@@ -42,10 +55,6 @@ def dtype_name(dtype: torch.dtype) -> str:
         expected = ", ".join(map(str, _NAMES))
         raise TypeError(f"{dtype} is none that a safetensors file can hold; expected one of {expected}")
     return _NAMES[dtype]
-
-
-class TensorFileError(ValueError):
-    """A file that is damaged, cut off or none of this kind."""
 
 
 @dataclass(frozen=True)
@@ -72,27 +81,32 @@ class TensorFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
-        self._file = open(path, "rb")  # noqa: SIM115 - closed by close()
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for its other end
+            raise TensorFileError(f"{self.path} is no regular file, and so no safetensors file")
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by close()
         try:
             self.size = os.fstat(self._file.fileno()).st_size
-            self.metadata, self.entries = self._header()
+            self.metadata, found = read_header(self._file, self.size, self.path)
+            self.entries = {name: Entry(DTYPES[e.dtype], e.shape, e.begin, e.end) for name, e in found.items()}
         except BaseException:
             self._file.close()
             raise
 
-    def read(self, name: str, keep: bool = True) -> Tensor:
-        """The tensor of this name, in memory of its own.
+    def read(self, name: str, keep: bool | Scratch = True) -> Tensor:
+        """The tensor of this name, in memory of its own, aligned as torch's always is: sums may depend on it.
 
-        keep: in torch's memory, aligned as it always is, on which the sums of its kernels may depend. A tensor that is
-        soon dropped had better lie elsewhere: the hole that it leaves between aligned ones is too small for the next
-        aligned one of its size, and a model that is packed layer by layer would take twice its memory.
+        keep: or in that of a Scratch, for a tensor that is soon dropped.
         """
         entry = self.entries[name]
-        if not keep and entry.nbytes:
-            return torch.frombuffer(self.read_bytes(entry.begin, entry.end), dtype=entry.dtype).view(entry.shape)
-        tensor = torch.empty(entry.shape, dtype=entry.dtype)
+        if isinstance(keep, Scratch):
+            tensor = keep.take(entry.dtype, entry.shape)
+        else:
+            tensor = _new(entry.shape, entry.dtype)
         if entry.nbytes:
-            self._read_into(tensor_bytes(tensor), entry.begin)
+            memory = tensor_bytes(tensor)
+            self._read_into(memory, entry.begin)
+            if entry.dtype is torch.bool and int(tensor.view(torch.uint8).max()) > 1:
+                raise TensorFileError(f"{self.path} is damaged: {name!r} is BOOL, and a value is neither 0 nor 1")
         return tensor
 
     def read_bytes(self, begin: int, end: int) -> bytearray:
@@ -102,9 +116,13 @@ class TensorFile:
         return data
 
     def _read_into(self, memory: memoryview, begin: int) -> None:
-        self._file.seek(begin)
-        if self._file.readinto(memory) != len(memory):
-            raise TensorFileError(f"{self.path} ends before byte {begin + len(memory)}; it was cut off meanwhile")
+        """May run in several threads: the position of the file plays no part."""
+        done = 0
+        while done < len(memory):
+            count = os.preadv(self._file.fileno(), [memory[done : done + _MOST_AT_ONCE]], begin + done)
+            if count == 0:
+                raise TensorFileError(f"{self.path} ends before byte {begin + len(memory)}; it was cut off meanwhile")
+            done += count
 
     def close(self) -> None:
         self._file.close()
@@ -115,46 +133,43 @@ class TensorFile:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def _header(self) -> tuple[dict[str, str], dict[str, Entry]]:
-        length = int.from_bytes(self._file.read(_LENGTH), "little")
-        start = _LENGTH + length
-        if self.size < _LENGTH + 2 or start > self.size:
-            raise self._damaged(f"its header would be {length} bytes long, and the file has {self.size}")
-        if length > _LARGEST_HEADER:
-            raise self._damaged(f"its header is {length} bytes long; at most {_LARGEST_HEADER} are read")
-        try:
-            header = json.loads(self._file.read(length), object_pairs_hook=_unique)
-        except (ValueError, RecursionError) as error:
-            raise self._damaged(f"its header is no JSON ({error})") from error
-        if not isinstance(header, dict):
-            raise self._damaged("its header is no JSON object")
-        metadata = header.pop("__metadata__", {})
-        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-            raise self._damaged("its metadata is not text by text")
-        entries = {name: self._entry(name, value, start) for name, value in header.items()}
-        at = start
-        for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
-            if entry.begin != at:
-                raise self._damaged(f"tensor {name!r} begins at byte {entry.begin}, where {at} was expected")
-            at = entry.end
-        if at != self.size:
-            raise self._damaged(f"its tensors end at byte {at}, and the file has {self.size}")
-        return metadata, entries
 
-    def _entry(self, name: str, value: Any, start: int) -> Entry:
-        fields = value if isinstance(value, dict) else {}
-        dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
-        if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise self._damaged(f"tensor {name!r} has dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
-        if not are_sizes(shape) or not are_sizes(offsets) or len(offsets) != 2:
-            raise self._damaged(f"tensor {name!r} has shape {shape!r} and data_offsets {offsets!r}")
-        begin, end = offsets
-        if end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
-            raise self._damaged(f"tensor {name!r} is {dtype} {tuple(shape)} in bytes {begin} to {end}")
-        return Entry(DTYPES[dtype], tuple(shape), start + begin, start + end)
+def _new(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory in huge pages where there are some: the system clears 500 MB of them in a sixth of the time."""
+    tensor = torch.empty(shape, dtype=dtype)
+    _C.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
+    return tensor
 
-    def _damaged(self, why: str) -> TensorFileError:
-        return TensorFileError(f"{self.path} is damaged, cut off or no safetensors file: {why}")
+
+class Scratch:
+    """Memory for tensors that are read, packed and dropped, layer after layer.
+
+    It is the same for all of them: the system hands out new memory page by page, which takes longer than to fill it,
+    and holes between the packed weights would be too small for the next.
+    """
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._used = 0
+
+    def take(self, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+        """A tensor whose values are anything, and are lost at the next reset()."""
+        size = math.prod(shape) * dtype.itemsize
+        if self._used + size > len(self._memory):
+            if self._used:  # something of this layer lies here
+                return torch.empty(shape, dtype=dtype)
+            self._memory = torch.empty(0, dtype=torch.uint8)
+            self._memory = _new((size,), torch.uint8)
+        begin = self._used
+        self._used += -(-size // _ALIGNMENT) * _ALIGNMENT
+        return self._memory[begin : begin + size].view(dtype).view(shape)
+
+    def reset(self) -> None:
+        self._used = 0
+
+    def holds(self, tensor: Tensor) -> bool:
+        own = self._memory.untyped_storage().data_ptr()
+        return len(self._memory) > 0 and tensor.untyped_storage().data_ptr() == own
 
 
 @dataclass(frozen=True)
@@ -188,7 +203,7 @@ def write_tensors(
     pending = {name: Pending.of(item) if isinstance(item, Tensor) else item for name, item in tensors.items()}
     text, order = _layout(pending, metadata)
     with replacing(path) as temporary, open(temporary, "xb") as file:
-        file.write(len(text).to_bytes(_LENGTH, "little") + text)
+        file.write(len(text).to_bytes(LENGTH, "little") + text)
         for name in order:
             item = pending[name]
             tensor = item.make()
@@ -196,12 +211,12 @@ def write_tensors(
                 raise RuntimeError(f"{os.fspath(path)}: tensor {name!r} changed while the file was written")
             if item.nbytes:
                 file.write(tensor_bytes(tensor))
-    return _LENGTH + len(text) + sum(item.nbytes for item in pending.values())
+    return LENGTH + len(text) + sum(item.nbytes for item in pending.values())
 
 
 def layout_bytes(tensors: Mapping[str, Pending], metadata: Mapping[str, str]) -> int:
     """The size of the file that write_tensors would write."""
-    return _LENGTH + len(_layout(tensors, metadata)[0]) + sum(item.nbytes for item in tensors.values())
+    return LENGTH + len(_layout(tensors, metadata)[0]) + sum(item.nbytes for item in tensors.values())
 
 
 def _layout(pending: Mapping[str, Pending], metadata: Mapping[str, str]) -> tuple[bytes, list[str]]:
@@ -224,25 +239,3 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     if flat.numel() == 0:
         return memoryview(b"")
     return flat.view(torch.uint8).numpy().data
-
-
-def checksum(data: bytes | bytearray | memoryview) -> int:
-    """The sum of its 64-bit words, modulo 2^64: finds flipped bits, overwritten and missing pieces, not words that only
-    changed places; at 20 GB/s, where crc32 makes 6.
-    """
-    whole = len(data) // 8
-    words = np.frombuffer(data, dtype="<u8", count=whole)
-    rest = int.from_bytes(data[8 * whole :], "little")
-    return (int(words.sum(dtype=np.uint64)) + rest) % 2**64
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return result
-
-
-def are_sizes(value: object) -> TypeGuard[list[int]]:
-    """Whether a value from JSON is a list of sizes."""
-    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import pycompress
 from pycompress.low_rank import factorize_
-from pycompress.nn import MaskedLinear
+from pycompress.nn import Int8Conv2d, MaskedLinear
 from pycompress.qat import prepare_qat_
 from pycompress.smooth import smooth_
 
@@ -52,12 +52,49 @@ class Mixed(nn.Module):
         return self.head(self.norm(x.mT).mT * self.scale)
 
 
+class Words(nn.Module):
+    """Both kinds of embeddings, and attention with a bias for key and value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, 16, padding_idx=0)
+        self.bag = nn.EmbeddingBag(20, 16, mode="sum", include_last_offset=False)
+        self.attention = nn.MultiheadAttention(16, 4, add_bias_kv=True, batch_first=True)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        return self.attention(x, x, x)[0] + self.bag(ids)[:, None]
+
+
+def images() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding="same", bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 1, stride=2),
+        nn.Flatten(),
+        nn.Linear(144, 5),
+    )
+
+
+def _convolutions(model: nn.Module, x: Tensor) -> object:
+    """As quantize_ does with larger ones: a norm is folded in, and leaves a bias that the class does not build."""
+    folded = nn.utils.fuse_conv_bn_eval(model[0], model[1])
+    model[0], model[1] = Int8Conv2d.from_float(folded, activation="relu"), nn.Identity()
+    model[2], model[3] = nn.Identity(), Int8Conv2d.from_float(model[3], "static", input_range=(0.0, 3.0))
+    return model.eval()
+
+
 def _quantize(mode: str) -> Callable[[nn.Module, Tensor], object]:
     def compress(model: nn.Module, x: Tensor) -> object:
         ranges = pycompress.calibrate(model, [x]) if mode == "static" else None
         return pycompress.quantize_(model, mode, calibration=ranges)
 
     return compress
+
+
+def _quantize_all(mode: str, **options: object) -> Callable[[nn.Module, Tensor], object]:
+    return lambda model, x: pycompress.quantize_(model, mode, layers="all", **options)  # type: ignore[arg-type]
 
 
 def _prune(sparsity: float = 0.75, pattern: str = "4x4", **options: str) -> Callable[[nn.Module, Tensor], object]:
@@ -159,6 +196,10 @@ CASES = {
     "encoder int8": Case(encoder, _quantize("dynamic"), sequences),
     "encoder masked": Case(encoder, _prune(0.5, "1x4"), sequences),
     "encoder shrunk": Case(encoder, shrink, sequences),
+    "int4": Case(mlp, _quantize_all("int4", group_size=16, symmetric=False), rows),
+    "nf4": Case(mlp, _quantize_all("nf4"), rows),
+    "images int8": Case(images, _convolutions, lambda: torch.randn(2, 3, 6, 6)),
+    "words int8": Case(Words, _quantize_all("dynamic"), lambda: torch.randint(0, 20, (3, 5))),
     "mixed": Case(Mixed, lambda model, x: pycompress.quantize_(model), lambda: torch.randint(0, 20, (3, 5))),
 }
 

@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch import nn
 
+from pycompress.model_description import DESCRIPTION
 from pycompress.model_file import ModelFileError, load_model, read_model_header, save_model, tensor_sizes
 from pycompress.model_file_coding import CODERS, Part, decode_bytes, decode_stream
-from pycompress.model_file_reader import DATA, DESCRIPTION
+from pycompress.model_file_reader import DATA
 from pycompress.tensor_file import TensorFile, TensorFileError, checksum, write_tensors
 from tests.model_file_models import compressed, fresh
 
