@@ -64,11 +64,6 @@ class DistillationTrainer(Trainer):
         distillation: Distillation | Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not hasattr(Trainer, "loss_is_scaled_for_ga"):
-            raise ImportError(
-                f"{_OP}: this transformers has no Trainer.loss_is_scaled_for_ga, by which a trainer says that its loss "
-                "counts for the whole step; update transformers"
-            )
         if not isinstance(teacher_model, nn.Module):
             raise TypeError(f"{_OP}: teacher_model is a {type(teacher_model).__name__}; expected a torch.nn.Module")
         if distillation is None or isinstance(distillation, Mapping):
@@ -88,6 +83,9 @@ class DistillationTrainer(Trainer):
         self.teacher_model = teacher_model
         if self.place_model_on_device:
             teacher_model.to(self.args.device)
+        self._task_loss = self.compute_loss_func
+        if not hasattr(Trainer, "loss_is_scaled_for_ga"):  # before transformers 5.20 this is how a trainer says it
+            self.compute_loss_func = self._task_loss or _never_called
         self._objective: Objective | None = None
         self._shares: deque[Share] = deque()
         self._sums: dict[str, Tensor] = {}  # of the terms since they were last logged
@@ -132,8 +130,8 @@ class DistillationTrainer(Trainer):
         """The objective, made with the first batch that is seen."""
         if self._objective is None:
             loss_fn = None
-            if self.compute_loss_func is not None:
-                task = self.compute_loss_func
+            if self._task_loss is not None:
+                task = self._task_loss
 
                 def loss_fn(output: Any, batch: Any) -> Tensor:
                     return task(output, batch.get("labels"), num_items_in_batch=None)
@@ -156,10 +154,10 @@ class DistillationTrainer(Trainer):
 
     # ---- what is trained besides the model ------------------------------------------------------------------------
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Trainer's, with the projections of the hidden term."""
         made_here = self.optimizer is None
-        optimizer = super().create_optimizer(model)
+        optimizer = super().create_optimizer(*args, **kwargs)
         projections = list(self._fitted_to_training().parameters())
         if projections:
             if not made_here:
@@ -225,6 +223,10 @@ class DistillationTrainer(Trainer):
             logs = {**logs, **{name: float(value) / steps for name, value in self._sums.items()}}
             self._sums = {}
         super().log(logs, *args, **kwargs)
+
+
+def _never_called(*_: Any, **__: Any) -> Tensor:
+    raise AssertionError(f"{_OP}.compute_loss does not call it")
 
 
 def _without(output: Any, names: frozenset[str]) -> Any:
