@@ -65,7 +65,7 @@ def test_one_thread_pool(tmp_path: Path) -> None:
     if not maps.is_file():
         pytest.skip("no /proc/self/maps to read the loaded libraries from")
     libraries = run_python(
-        "import pycompress\n"
+        "import pycompress.ops\n"
         "for path in {line.split()[-1] for line in open('/proc/self/maps') if '.so' in line}: print(path)\n",
         tmp_path,
     ).split()

@@ -79,7 +79,7 @@ def check_conv(call: ConvCall) -> None:
     if scale.dtype != torch.float32 or scale.dim() != 1 or not scale.is_contiguous():
         got = f"{scale.dtype} {tuple(scale.shape)}"
         raise ValueError(f"{_OP}: weight_scale has {got}, expected contiguous float32 (O,)")
-    _check_window(window)
+    check_window(window)
     _check_weight(call)
     rows, columns = window.out_size(x.shape[2], x.shape[3])
     if rows < 1 or columns < 1:
@@ -95,7 +95,8 @@ def check_conv(call: ConvCall) -> None:
     _check_static(call)
 
 
-def _check_window(window: Window) -> None:
+def check_window(window: Window) -> None:
+    """Raises ``ValueError`` for a number that is too small, whatever the input."""
     for name, values, least in (
         ("kernel_size", window.kernel, 1),
         ("stride", window.stride, 1),
@@ -288,11 +289,16 @@ def sides(
 
 
 def pair(value: int | Sequence[int]) -> tuple[int, int]:
-    """(height, width), from one number for both or from two."""
+    """(height, width), from one number for both or from two.
+
+    Raises:
+        ValueError: anything else.
+    """
     if isinstance(value, int):
         return value, value
-    height, width = value if len(value) == 2 else (value[0], value[0])
-    return int(height), int(width)
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) not in (1, 2):
+        raise ValueError(f"{_OP}: {value!r} for height and width, expected a whole number or two")
+    return int(value[0]), int(value[-1])
 
 
 def int8_conv2d(

@@ -64,8 +64,11 @@ def run_plan(plan: _C.Int8ConvPlan, call: ConvCall) -> Tensor:
         y = empty((n, oh, ow, o), x.dtype).permute(0, 3, 1, 2)
     else:
         y = empty(shape, x.dtype)
+    strides = x.stride()
+    if x.shape[3] == 1:
+        strides = (*strides[:3], 1)  # of one column it says nothing, and may be anything
     plan.run(
-        x.data_ptr(), tuple(x.shape), x.stride(), DTYPE_CODES[x.dtype], y.data_ptr(), shape[2:], channels_last,
+        x.data_ptr(), tuple(x.shape), strides, DTYPE_CODES[x.dtype], y.data_ptr(), shape[2:], channels_last,
         torch.get_num_threads(),
     )  # fmt: skip
     return y

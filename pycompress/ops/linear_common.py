@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from pycompress._native import DTYPE_CODES
+from pycompress.codes import ACTIVATION_CODES, ACTIVATIONS, check_option
 
-ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
-ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
+__all__ = [
+    "ACTIVATIONS",
+    "ACTIVATION_CODES",
+    "activation_backward",
+    "autocast_linear",
+    "bias_backward",
+    "check_bias",
+    "check_devices",
+    "check_input",
+    "check_option",
+]
 
 _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
     torch._C.DispatchKey.AutocastCUDA
@@ -18,12 +26,6 @@ _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | tor
 
 
 # ---- checks: each raises ValueError in the name of `op` -----------------------------------------------------------
-
-
-def check_option(op: str, what: str, value: str, allowed: Sequence[str]) -> None:
-    """Raises for a name that is not one of ``allowed``."""
-    if value not in allowed:
-        raise ValueError(f"{op}: {what}={value!r}, expected one of {', '.join(allowed)}")
 
 
 def check_input(op: str, x: Tensor) -> None:
@@ -39,9 +41,8 @@ def check_input(op: str, x: Tensor) -> None:
 def check_bias(op: str, bias: Tensor | None, n: int) -> None:
     """Raises unless bias is None, or contiguous, floating and ``(N,)``."""
     if bias is not None and (bias.shape != (n,) or bias.dtype not in DTYPE_CODES or not bias.is_contiguous()):
-        raise ValueError(
-            f"{op}: bias has {bias.dtype} {tuple(bias.shape)}, expected contiguous float32, bfloat16 or float16 ({n},)"
-        )
+        got = f"{bias.dtype} {tuple(bias.shape)}" + ("" if bias.is_contiguous() else f" with strides {bias.stride()}")
+        raise ValueError(f"{op}: bias has {got}, expected contiguous float32, bfloat16 or float16 ({n},)")
 
 
 def check_devices(op: str, x: Tensor, **others: Tensor | None) -> None:
