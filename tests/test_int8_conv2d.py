@@ -110,6 +110,7 @@ VIEWS = {
     "expanded": lambda: torch.randn(1, 6, 9, 10).expand(3, 6, 9, 10),
     "expanded channels": lambda: torch.randn(2, 1, 9, 10).expand(2, 6, 9, 10),
     "one column": lambda: torch.randn(2, 6, 9, 1),
+    "one column, its stride odd": lambda: torch.randn(1, 6, 9, 1).as_strided((1, 6, 9, 1), (9, 9, 1, 54)),
     "offset": lambda: torch.randn(2 * 6 * 90 + 1)[1:].view(2, 6, 9, 10),
 }
 
@@ -266,6 +267,8 @@ ERRORS: dict[str, tuple[tuple[Tensor, ...], dict[str, object], str]] = {
     "weight": ((X, W.float(), S), {}, "weight has torch.float32"),
     "scale": ((X, W, S.double()), {}, "weight_scale has torch.float64"),
     "bias": ((X, W, S, torch.ones(3)), {}, "bias has torch.float32"),
+    "bias apart": ((X, W, S, torch.ones(8)[::2]), {}, r"bias has torch.float32 \(4,\) with strides \(2,\)"),
+    "numbers": ((X, W, S), {"stride": (1, 2, 3)}, r"\(1, 2, 3\) for height and width, expected a whole number or two"),
     "device": ((X, W, S.to("meta")), {}, "x is on cpu but weight_scale is on meta"),
     "stride": ((X, W, S), {"stride": 0}, r"stride=\(0, 0\), expected at least 1"),
     "padding": ((X, W, S), {"padding": -1}, "expected at least 0"),

@@ -139,6 +139,34 @@ def test_from_float_refuses() -> None:
         Int8Conv2d(2, 2, 1, groups=3)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kernel_size": 0}, r"kernel_size=\(0, 0\), expected at least 1"),
+        ({"kernel_size": (3, 3, 3)}, r"\(3, 3, 3\) for height and width, expected a whole number or two"),
+        ({"kernel_size": ()}, r"\(\) for height and width"),
+        ({"kernel_size": 3.0}, "3.0 for height and width"),
+        ({"stride": 0}, r"stride=\(0, 0\)"),
+        ({"dilation": (1, 0)}, r"dilation=\(1, 0\)"),
+        ({"padding": -1}, r"padding=\(-1, -1, -1, -1\), expected at least 0"),
+        ({"padding": "same", "stride": 2}, "padding='same' with stride"),
+        ({"in_channels": -2}, "in_channels=-2"),
+    ],
+)
+def test_a_layer_that_cannot_be_is_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Int8Conv2d(**{"in_channels": 2, "out_channels": 2, "kernel_size": 1, **options})  # type: ignore[arg-type]
+
+
+def test_no_channels_and_no_outputs() -> None:
+    x = torch.randn(2, 0, 3, 3)
+    for backend in ("native", "reference"):
+        module = Int8Conv2d(0, 4, 3, padding=1, backend=backend)
+        torch.nn.init.normal_(module.bias)
+        assert torch.equal(module(x), module.bias[:, None, None].expand(2, 4, 3, 3))  # type: ignore[index]
+        assert Int8Conv2d(3, 0, 3, padding=1, backend=backend)(torch.randn(2, 3, 5, 5)).shape == (2, 0, 5, 5)
+
+
 @pytest.mark.parametrize("activation", ["none", "relu", "silu"])
 @pytest.mark.parametrize("name", CONVS)
 def test_gradients_are_those_of_the_float_layer(name: str, activation: str) -> None:

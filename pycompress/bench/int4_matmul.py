@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="one layer, M = 1, 16; some seconds")
     add("--shapes", type=shapes, metavar="KxN,...", help="default: MiniLM, BERT-base, a 4096-wide model")
     add("--tokens", type=counts, metavar="M,...", help=f"default: {','.join(map(str, TOKENS))}")
-    add_common(parser, "int4_matmul", CELL_SECONDS, QUICK_SECONDS)
+    add_common(parser, "int4_matmul", CELL_SECONDS, QUICK_SECONDS, cuda=False)
     return parser
 
 

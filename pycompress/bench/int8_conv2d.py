@@ -171,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--quick", action="store_true", help="three layers; under a minute")
     parser.add_argument("--batch", type=counts, metavar="N,...", help="default: 1,8")
-    add_common(parser, "int8_conv2d", CELL_SECONDS, QUICK_SECONDS)
+    add_common(parser, "int8_conv2d", CELL_SECONDS, QUICK_SECONDS, cuda=False)
     return parser
 
 

@@ -43,11 +43,17 @@ def describe_all(known: Sequence[P], describe: Callable[[P], str]) -> None:
         print(f"{describe(p)} {f'not installed: {p.missing}' if p.missing else p.version}")
 
 
-def add_common(parser: argparse.ArgumentParser, name: str, seconds: float, quick_seconds: float) -> None:
-    """Adds --device, --threads, --providers, --seconds, --report, --out, --from (as `source`) and --list."""
+def add_common(
+    parser: argparse.ArgumentParser, name: str, seconds: float, quick_seconds: float, *, cuda: bool = True
+) -> None:
+    """Adds --device, --threads, --providers, --seconds, --report, --out, --from (as `source`) and --list.
+
+    cuda: whether the benchmark has a part for GPUs, which reads options of its own.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     add, flag = parser.add_argument, argparse.BooleanOptionalAction
-    add("--device", choices=("cpu",), default="cpu", help="cuda has options of its own: --device cuda --help")
+    where = "cuda has options of its own: --device cuda --help" if cuda else "this benchmark has none for a GPU"
+    add("--device", choices=("cpu",), default="cpu", help=where)
     add("--threads", type=counts, metavar="N,...", default=sorted({1, min(2, cores)}), help="default: 1,2")
     add("--providers", type=lambda text: text.split(","), default=[], help="names or their beginnings")
     add("--seconds", type=float, help=f"of timing per case; default: {seconds:g}, quick {quick_seconds:g}")

@@ -18,7 +18,7 @@ from pycompress import ops
 from pycompress.nn.float_linear import ACTIVATION_MODULES, float_bias
 from pycompress.nn.packed_weight import PackedWeight
 from pycompress.ops.eager import is_plain_eager
-from pycompress.ops.int8_conv2d import check_conv_options, pair, pick_conv, run_int8_conv2d, sides
+from pycompress.ops.int8_conv2d import check_conv_options, check_window, pair, pick_conv, run_int8_conv2d, sides
 from pycompress.ops.int8_conv2d_native import conv_refused
 from pycompress.ops.int8_conv2d_reference import ConvCall, Window
 from pycompress.ops.int8_matmul_weight import static_qparams, static_tensors
@@ -72,7 +72,7 @@ class Int8Conv2d(PackedWeight):
             raise ValueError(
                 f"Int8Conv2d: padding_mode={padding_mode!r}, expected one of {', '.join(_PADDING_MODES)}"
             )
-        if groups < 1 or in_channels % groups or out_channels % groups:
+        if groups < 1 or in_channels % groups or out_channels % groups or min(in_channels, out_channels) < 0:
             raise ValueError(
                 f"Int8Conv2d: in_channels={in_channels} and out_channels={out_channels} with groups={groups}, expected "
                 "positive groups of which both are multiples"
@@ -82,6 +82,7 @@ class Int8Conv2d(PackedWeight):
         self.padding = padding if isinstance(padding, str) else pair(padding)
         self.padding_mode = padding_mode
         self._sides = sides(padding, self.kernel_size, self.stride, self.dilation)
+        check_window(self._window())
         self.mode, self.activation, self.backend = mode, activation, backend
         weight = torch.zeros(self._weight_shape, dtype=torch.int8, device=device)
         self.register_buffer("_weight", weight, persistent=False)
@@ -233,9 +234,13 @@ class Int8Conv2d(PackedWeight):
 
     def _call(self) -> ConvCall:
         x = self.weight_scale.new_empty(1).expand(1, self.in_channels, 1, 1)  # its values matter to nobody
-        window = Window(self.kernel_size, self.stride, self._sides, self.dilation, self.groups)
         statics = self.input_scale, self.input_zero_point
-        return ConvCall(x, self._weight, self.weight_scale, self.bias, window, self.mode, *statics, self.activation)
+        return ConvCall(
+            x, self._weight, self.weight_scale, self.bias, self._window(), self.mode, *statics, self.activation
+        )
+
+    def _window(self) -> Window:
+        return Window(self.kernel_size, self.stride, self._sides, self.dilation, self.groups)
 
 
 # From where on int8 gains, measured on a Zen 5 server (two threads, batch 8, against the float layer in the same memory

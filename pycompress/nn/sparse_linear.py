@@ -22,6 +22,7 @@ from pycompress import ops
 from pycompress._native import has_values
 from pycompress.cost_model import CostModel, Explanation, choose_for, choose_measured, describe_choice, explain_layer
 from pycompress.nn.float_linear import float_bias, make_float
+from pycompress.nn.packed_weight import keep_dtypes
 from pycompress.nn.sparse_forms import NATIVE, backends_of, kernel_names, make_forms
 from pycompress.nn.sparse_state import pruned_weight, state_errors
 from pycompress.ops.eager import is_plain_eager
@@ -307,10 +308,7 @@ class SparseLinear(nn.Module):
         self._forms = None
         before = {name: self._buffers[name] for name in _STATE}
         super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = self._buffers[name]
-            if old is not None and new is not None and new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)  # .half(), .type() and the like: weights and scales stay
+        keep_dtypes(self, before)
         if self.bias is not None and self.bias.dtype == torch.float64:
             self.bias.data = self.bias.data.float()  # the kernels take none
         try:
