@@ -15,7 +15,7 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 VENV ?= .venv
 ARGS ?=
-BENCH ?= int8_matmul distill_loss sparse_linear
+BENCH ?= int8_matmul int4_matmul distill_loss sparse_linear
 EXAMPLE ?= digits
 CUDA ?=
 CUDA_TARGETS ?=

@@ -8,14 +8,7 @@ from torch import nn
 
 import pycompress
 from pycompress import layer_kinds
-from pycompress.nn import (
-    Int4Linear,
-    Int8Conv2d,
-    Int8Embedding,
-    Int8EmbeddingBag,
-    Int8Linear,
-    Int8MultiheadAttention,
-)
+from pycompress.nn import Int4Linear, Int8Conv2d, Int8Embedding, Int8EmbeddingBag, Int8Linear, Int8MultiheadAttention
 from pycompress.report import model_bytes, state_bytes
 from tests.convert_helpers import output, reason
 from tests.layer_models import BagClassifier, LSTMClassifier, TiedLanguageModel, VisionTransformer, resnet, transformer

@@ -1,4 +1,4 @@
-// The vector kernels, written once over an instruction-set description `Isa` (conv_isa_avx2.h, conv_isa_avx512.h):
+// The vector kernels, written once over an instruction-set description `Isa` (int8_matmul/dot_<isa>.h):
 //
 //   quantise an image into its buffer                                   quantize_image.h
 //   for each panel of `nr` channels of y, for each block of up to 64 outputs, for each tile of up to 6 of them:
