@@ -98,10 +98,7 @@ class TensorFile:
         keep: or in that of a Scratch, for a tensor that is soon dropped.
         """
         entry = self.entries[name]
-        if isinstance(keep, Scratch):
-            tensor = keep.take(entry.dtype, entry.shape)
-        else:
-            tensor = _new(entry.shape, entry.dtype)
+        tensor = keep.take(entry.dtype, entry.shape) if isinstance(keep, Scratch) else _new(entry.shape, entry.dtype)
         if entry.nbytes:
             memory = tensor_bytes(tensor)
             self._read_into(memory, entry.begin)

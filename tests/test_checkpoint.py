@@ -70,7 +70,7 @@ def test_shards_are_those_of_hugging_face(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["model.safetensors", "pycompress.json"]
 
 
-@pytest.mark.parametrize("size", ["5 bytes", "", 0, -1, 2.5, "1.5.2GB", None, True])
+@pytest.mark.parametrize("size", ["5 bytes", "", 0, -1, 2.5, "1.5.2GB", None, True, "9" * 400 + "GB"])
 def test_a_shard_size_that_is_none(size: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"save_pretrained: max_shard_size=.*5GB"):
         save_pretrained(mlp(), tmp_path / "m", max_shard_size=size)

@@ -92,14 +92,17 @@ def _forged(folder: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"class": "BertForEverything"}, "BertForEverything, which transformers .* does not have; update transformers"),
+        ({"class": "BertForEverything"}, "'BertForEverything', which transformers .* does not have; update transf"),
         ({"class": "pipeline"}, "which transformers .* does not have"),
         ({"class": "AutoModel"}, "which transformers .* does not have"),
         ({"class": "__builtins__"}, "which transformers .* does not have"),
         ({"class": 3}, "is damaged: its model of transformers"),
         ({"config": []}, "is damaged: its model of transformers"),
-        ({"num_hidden_layers": 10**6}, r"builds no \w+ .*more than \d+ parameters"),
-        ({"hidden_size": 10**12}, "is damaged: its configuration says 1000000000000"),
+        ({"num_hidden_layers": 900}, r"builds no \w+ .*more than \d+ parameters"),
+        ({"num_hidden_layers": 10**6}, "has num_hidden_layers=1000000; expected at most 10"),
+        ({"hidden_size": 10**12}, "has hidden_size=1000000000000; expected at most"),
+        ({"num_labels": 2**30}, "has num_labels=1073741824; expected at most"),  # a dict of names, of 100 GB
+        ({"backbone_config": {"depths": [1, 2**30]}}, "has depths=1073741824; expected at most"),
         ({"hidden_size": "many"}, r"builds no \w+"),
         ({"hidden_act": "eval"}, r"builds no \w+"),
         ({"num_hidden_layers": 1}, "has no layer|no place for"),

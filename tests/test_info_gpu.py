@@ -92,10 +92,8 @@ def test_backends_on_a_gpu(monkeypatch: pytest.MonkeyPatch, no_interpreter: None
 
 def test_every_backend_of_every_operation_is_told() -> None:
     found = info.collect()["backends"]
-    for operation, names in zip(
-        info.OPERATIONS, (ops.BACKENDS, ops.INT4_BACKENDS, ops.CONV_BACKENDS, ops.DISTILL_BACKENDS, ops.SPARSE_BACKENDS),
-        strict=True,
-    ):
+    known = ops.BACKENDS, ops.INT4_BACKENDS, ops.CONV_BACKENDS, ops.DISTILL_BACKENDS, ops.SPARSE_BACKENDS
+    for operation, names in zip(info.OPERATIONS, known, strict=True):
         assert tuple(found[operation]) == names[1:]
         for backend, state in found[operation].items():
             assert state.startswith("usable" if backend in ("native", "reference") else ("usable", "not usable")), state

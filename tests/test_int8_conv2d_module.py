@@ -162,8 +162,9 @@ def test_no_channels_and_no_outputs() -> None:
     x = torch.randn(2, 0, 3, 3)
     for backend in ("native", "reference"):
         module = Int8Conv2d(0, 4, 3, padding=1, backend=backend)
-        torch.nn.init.normal_(module.bias)
-        assert torch.equal(module(x), module.bias[:, None, None].expand(2, 4, 3, 3))  # type: ignore[index]
+        assert module.bias is not None
+        nn.init.normal_(module.bias)
+        assert torch.equal(module(x), module.bias[:, None, None].expand(2, 4, 3, 3))
         assert Int8Conv2d(3, 0, 3, padding=1, backend=backend)(torch.randn(2, 3, 5, 5)).shape == (2, 0, 5, 5)
 
 

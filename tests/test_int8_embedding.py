@@ -98,6 +98,17 @@ def test_empty_tables() -> None:
                 ops.int8_embedding(torch.tensor([4]), weight, scale, backend=backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_no_bags_of_some_indices(mode: str, backend: str) -> None:
+    weight, scale = table(5, 3)
+    starts, indices = torch.zeros(0, dtype=torch.int64), torch.tensor([1, 2])
+    y = ops.int8_embedding_bag(indices, weight, scale, starts, mode=mode, dtype=torch.float16, backend=backend)
+    assert (y.shape, y.dtype) == ((0, 3), torch.float16)
+    with pytest.raises(IndexError, match="index 5"):
+        ops.int8_embedding_bag(indices + 3, weight, scale, starts, mode=mode, backend=backend)
+
+
 # ---- bags -------------------------------------------------------------------------------------------------------
 
 BAGS = [[], [3, 3, 7], [], [0], list(range(20)) * 3, [5, 5], []]

@@ -155,6 +155,43 @@ def test_names(tmp_path: Path) -> None:
     )
 
 
+def test_threads_that_begin_at_both_ends(tmp_path: Path) -> None:
+    """Importing torch goes on to pycompress.ops, which imports torch: no thread waits for the other one."""
+    run_python(
+        "import threading, pycompress\n"
+        "assert not hasattr(pycompress, 'a.b')\n"
+        "failed, gate = [], threading.Barrier(6)\n"
+        "def run(name):\n"
+        "    gate.wait()\n"
+        "    try: getattr(pycompress if name else __import__('torch').ops.pycompress, name or 'int8_linear')\n"
+        "    except Exception as error: failed.append((name, error))\n"
+        "names = ['ops', '', 'quantize_', 'nn', '', 'sensitivity']\n"
+        "threads = [threading.Thread(target=run, args=(name,)) for name in names]\n"
+        "for thread in threads: thread.start()\n"
+        "for thread in threads: thread.join()\n"
+        "assert not failed, failed\n",
+        tmp_path,
+    )
+
+
+def test_torch_is_whole_where_the_operators_are_not(tmp_path: Path) -> None:
+    run_python(
+        "import sys, warnings, pycompress\n"
+        "from importlib.abc import MetaPathFinder\n"
+        "class Broken(MetaPathFinder):\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'pycompress._C': raise ImportError('libgomp.so.1: cannot open')\n"
+        "sys.meta_path.insert(0, Broken())\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    import torch\n"
+        "assert torch.ones(2).sum() == 2 and any('not registered' in str(w.message) for w in caught), caught\n"
+        "try: pycompress.quantize_\n"
+        "except ImportError as error: assert 'libgomp' in str(error), error\n"
+        "else: raise AssertionError\n",
+        tmp_path,
+    )
+
+
 def test_threads_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = "from pycompress import native; print(native.get_num_threads())"
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)

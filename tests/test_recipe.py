@@ -180,7 +180,7 @@ def test_sections_do_not_change():
             "low_rank.rank is a mapping; expected a whole number of at least 1 or a mapping",
         ),
         (lambda: Quantize(method="mse"), "quantize: method is of mode 'static', but mode is 'dynamic'"),
-        (lambda: Quantize(layers=["conv"]), "quantize.layers[0] is 'conv'; expected a list, each item linear, conv2d, "),
+        (lambda: Quantize(layers=["conv"]), "quantize.layers[0] is 'conv'; expected a list, each item linear, conv2d"),
         (lambda: Quantize(layers=()), "quantize: layers is empty; leave it out for linear layers"),
         (lambda: Quantize(group_size=32), "quantize: group_size is of modes 'int4' and 'nf4', but mode is 'dynamic'"),
         (lambda: Quantize(mode="int4", group_size=0), "quantize.group_size is 0; expected "),

@@ -51,7 +51,7 @@ struct Vec {
   static I ixor(I a, I b) { return _mm512_xor_si512(a, b); }
   static I to_int(F a) { return _mm512_cvtps_epi32(a); }  // round to nearest even
   static F to_float(I a) { return _mm512_cvtepi32_ps(a); }
-  static F as_float(I a) { return _mm512_castsi512_ps(a); }  // the same bits
+  static F as_float(I a) { return _mm512_castsi512_ps(a); }         // the same bits
   static F times_pow2(F a, F n) { return _mm512_scalef_ps(a, n); }  // a * 2^n for a whole n
 
   // 64 bytes of raw elements: the magnitude bits, and their running maximum. The order of the bits of |x| is the

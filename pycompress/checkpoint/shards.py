@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
@@ -18,7 +19,9 @@ def size_of(value: int | str, op: str) -> int:
     """Bytes of a size such as 5_000_000_000, "5GB" or "500MiB". Raises ValueError for what is none."""
     found = _SIZE.fullmatch(value) if isinstance(value, str) else None
     unit = _UNITS.get(found[2].upper()) if found else None
-    size = int(float(found[1]) * unit) if found and unit else value
+    size: object = value
+    if found and unit and math.isfinite(count := float(found[1]) * unit):
+        size = int(count)
     if type(size) is not int or size < 1:
         raise ValueError(f"{op}: max_shard_size={value!r}; expected bytes as a number, or a text as '5GB' or '500MiB'")
     return size

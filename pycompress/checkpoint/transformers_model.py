@@ -29,6 +29,9 @@ _ATTENTIONS = ("eager", "sdpa")  # those that run anywhere
 _LEADS_OUT = ("auto_map", "quantization_config", "attn_implementation", "experts_implementation", "custom_pipelines")
 _CLASS = re.compile(r"[A-Z][A-Za-z0-9_]{0,100}")
 _LARGEST_NUMBER = 2**31
+# transformers makes Python lists and dicts of these numbers before it builds a module.
+_LAYERS, _MOST_LAYERS = re.compile(r"(layers?|depths?|blocks?)$"), 1000
+_LABELS, _MOST_LABELS = "num_labels", 2**17
 
 
 def describe(model: nn.Module) -> dict[str, Any] | None:
@@ -88,10 +91,10 @@ def build(described: object, tensors: int, folder: str | os.PathLike[str]) -> nn
     cls: Any = _class_of(name)
     if cls is None:
         raise ModelFileError(
-            f"{folder} holds a {name[:100]}, which transformers {transformers.__version__} does not have; update "
+            f"{folder} holds a {name[:100]!r}, which transformers {transformers.__version__} does not have; update "
             "transformers, or build the model yourself and pass it: load_pretrained(folder, model)"
         )
-    _check_numbers(config, folder)
+    _check_numbers(config, tensors, folder)
     attention, generation = fields.get("attention"), fields.get("generation_config")
     options = {"attn_implementation": attention} if attention in _ATTENTIONS else {}
     try:
@@ -126,12 +129,20 @@ def _leads_out(key: str) -> bool:
     return key.startswith("_") or key in _LEADS_OUT
 
 
-def _check_numbers(value: object, folder: str) -> None:
-    if isinstance(value, (dict, list)):
-        for each in value.values() if isinstance(value, dict) else value:
-            _check_numbers(each, folder)
-    elif type(value) is int and abs(value) > _LARGEST_NUMBER:
-        raise ModelFileError(f"{folder} is damaged: its configuration says {str(value)[:40]}")
+def _check_numbers(value: object, tensors: int, folder: str, key: str = "", most: int = _LARGEST_NUMBER) -> None:
+    """Raises ModelFileError where a number is larger than a checkpoint of so many tensors can have it."""
+    if isinstance(value, dict):
+        for name, each in value.items():
+            is_layers, is_labels = _LAYERS.search(name) is not None, name == _LABELS
+            at_most = _MOST_LAYERS + tensors if is_layers else _MOST_LABELS if is_labels else _LARGEST_NUMBER
+            _check_numbers(each, tensors, folder, name, at_most)
+    elif isinstance(value, list):
+        for each in value:
+            _check_numbers(each, tensors, folder, key, most)
+    elif type(value) is int and abs(value) > most:
+        raise ModelFileError(
+            f"{folder} is damaged: its configuration has {key[:100]}={str(value)[:40]}; expected at most {most}"
+        )
 
 
 @contextmanager

@@ -47,7 +47,8 @@ class Int4Linear(nn.Module):
         bias: whether there is a bias (a float parameter, which may be trained).
         format: ``"int4"`` (16 even steps) or ``"nf4"`` (16 values spaced for normally distributed weights).
         group_size: neighbours in a row that share a scale; -1 for a whole row. Smaller is more exact and larger in
-            memory: 4 + 32 / group_size bits a weight, zero points another 8 / group_size.
+            memory: 4 + 32 / group_size bits a weight, zero points another 8 / group_size. Packed, a group is filled up
+            to a multiple of 8: groups of 1 take more than float32.
         symmetric: int4 only: False keeps a zero point a group.
         activation: fused into the kernel: ``"none"``, ``"relu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"silu"``.
         backend: ``"auto"``, ``"native"``, ``"triton"`` or ``"reference"``; a named one runs or raises.

@@ -68,6 +68,8 @@ def run_rows(plan: _C.EmbeddingPlan, indices: Tensor, d: int, dtype: torch.dtype
 
 def native_int8_embedding_bag(call: Bags) -> Tensor:
     """The native backend: checked arguments, on the CPU."""
+    if call.bags == 0:  # offsets without memory would mean that there are none
+        return reference_int8_embedding_bag(call)
     weights = None if call.weights is None else call.weights.detach().to(torch.float32).contiguous()
     y = torch.empty((call.bags, call.weight.shape[1]), dtype=call.dtype)
     plan_of(call.weight, call.weight_scale).run_bags(

@@ -93,6 +93,8 @@ def reference_int8_embedding(call: Lookup) -> Tensor:
 def reference_int8_embedding_bag(call: Bags) -> Tensor:
     """The formula, with sums in float32."""
     check_values(call)
+    if call.bags == 0:
+        return call.weight.new_empty((0, call.weight.shape[1]), dtype=call.dtype)
     index = call.indices.long()
     bag = bag_of_each(call.offsets, call.bags, call.indices)
     if call.padding >= 0:
