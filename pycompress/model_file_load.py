@@ -58,7 +58,8 @@ def load_into(contents: Contents, model: nn.Module, op: str, device: torch.devic
             raise
         raise ModelFileError(f"{error}. A {saved} was saved, and the model is a {type_name(model)}") from error
     try:
-        edits = fill(rebuilt, slots, sources, contents.read, set(header["frozen"]))
+        with torch.device("cpu"):  # what is read, also where the caller is building a model on the meta device
+            edits = fill(rebuilt, slots, sources, contents.read, set(header["frozen"]))
     except RuntimeError as error:  # what load_state_dict says of a layer
         raise ModelFileError(f"the file is damaged, or does not fit the model: {error}") from error
     apply_edits(edits)

@@ -103,6 +103,17 @@ def test_a_device_is_where_everything_goes(tmp_path: Path) -> None:
         load_pretrained(tmp_path, fresh("mixed", "cpu"), device="nowhere")
 
 
+@pytest.mark.parametrize("compact", [False, True], ids=["plain", "compact"])
+def test_within_torch_device_meta(compact: bool, tmp_path: Path) -> None:
+    """As docs/checkpoints.md has it: the model is built and loaded in one breath."""
+    model, x = compressed("mixed")
+    save_pretrained(model, tmp_path, compact=compact)
+    with torch.device("meta"):
+        new = load_pretrained(tmp_path, fresh("mixed", "meta"))
+    assert {t.device.type for t in (*new.parameters(), *new.buffers())} == {"cpu"}
+    assert torch.equal(new(x), model(x))
+
+
 # ---- an old checkpoint ----------------------------------------------------------------------------------------------
 
 

@@ -52,7 +52,8 @@ def import_compressed_tensors(
         raise TypeError(f"{_OP}: model is a {type(model).__name__}; expected a torch.nn.Module")
     path = Path(folder)
     note = "" if model is None else ". The model is unchanged"
-    with _told(path, note), ExitStack() as files:
+    # What is read is on the CPU, also where the caller is building a model on the meta device.
+    with torch.device("cpu"), _told(path, note), ExitStack() as files:
         settings = read_json(path / CONFIG_FILE)
         if not isinstance(settings.get("quantization_config"), dict):
             raise CompressedTensorsError(f"{CONFIG_FILE} has no quantization_config; a float model is loaded as ever")
@@ -237,7 +238,10 @@ def _sources(slots: Mapping[str, Slot], new: Tensors, tied: Mapping[int, list[st
             if why_not := slot.why_not(item.dtype, item.shape):
                 raise CompressedTensorsError(f"{name} {why_not}; build the model as the checkpoint's was built")
         elif slot.is_needed:
-            raise CompressedTensorsError(f"there is no tensor for {name}, which the model has; it is of another model")
+            raise CompressedTensorsError(
+                f"there is no tensor for {name}, which the model has; it is of another model, or {name} is a buffer "
+                "that no checkpoint holds, on the meta device: pass no model, or one whose buffers are real"
+            )
     if extra := sorted(set(new) - set(sources.values()) - {each for name in sources for each in shared.get(name, ())}):
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
         raise CompressedTensorsError(f"there is a tensor {extra[0]!r}{more} that the model has no place for")
