@@ -81,8 +81,9 @@ def _told(path: Path, note: str) -> Iterator[None]:
     try:
         yield
     except (TensorFileError, StructureError) as error:
-        text = str(error).removeprefix(f"{_OP}: ").removeprefix(f"{path}: ")
-        raise CompressedTensorsError(f"{_OP}: {path}: {text}{note}") from error
+        text = str(error).removeprefix(f"{_OP}: ")
+        where = "" if str(path) in text else f"{path}: "
+        raise CompressedTensorsError(f"{_OP}: {where}{text}{note}") from error
 
 
 # ---- layers ---------------------------------------------------------------------------------------------------------
