@@ -62,7 +62,7 @@ class PyCompressConfig(QuantizationConfigMixin):
             raise TypeError(f"{_OP}: does not know {found}; check the name, or update pycompress if a file has it")
         if structure is not None and not (isinstance(structure, Mapping) and _are_lengths(lengths)):
             raise ValueError(f"{_OP}: structure or lengths is not as pycompress writes it; config.json is damaged")
-        self.quant_method = METHOD  # type: ignore[assignment]  # transformers' own are of an enum
+        self.quant_method = METHOD  # transformers' own are of an enum
         self.mode = dict(mode) if isinstance(mode, Mapping) else mode
         self.layers = layers if isinstance(layers, str) else list(layers)
         self.skip = skip if isinstance(skip, str) else list(skip)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -83,7 +83,7 @@ class DistillationTrainer(Trainer):
         self.teacher_model = teacher_model
         if self.place_model_on_device:
             teacher_model.to(self.args.device)
-        self._task_loss = self.compute_loss_func
+        self._task_loss: Callable[..., Tensor] | None = getattr(self, "compute_loss_func", None)
         if not hasattr(Trainer, "loss_is_scaled_for_ga"):  # before transformers 5.20 this is how a trainer says it
             self.compute_loss_func = self._task_loss or _never_called
         self._objective: Objective | None = None

@@ -58,12 +58,13 @@ def load(folder: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
     """
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     name = next(iter(config.architectures or ()), None)
-    cls = getattr(transformers, name, None) if isinstance(name, str) else None
-    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         raise ValueError(
             f"pycompress.hf.load: config.json names the class {name!r}, which is none of transformers; load it with "
             "its own class's from_pretrained"
         )
+    cls: Any = found
     return cls.from_pretrained(folder, local_files_only=True, **kwargs)
 
 
@@ -108,4 +109,4 @@ def _method(config: object) -> object:
 
 
 if not hasattr(PreTrainedModel.save_pretrained, "_pycompress"):
-    PreTrainedModel.save_pretrained = _saving(PreTrainedModel.save_pretrained)  # type: ignore[method-assign]
+    PreTrainedModel.save_pretrained = _saving(PreTrainedModel.save_pretrained)
