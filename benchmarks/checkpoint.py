@@ -4,10 +4,11 @@
 
 The model: int8 linear layers of 4096 x 5120 behind a bfloat16 embedding, saved plain and compact. Every row is measured
 in a fresh process, as a program that starts: its libraries are imported, the model stands on the meta device, the file
-is in the page cache, and the memory that it will take was another process's just before: a virtual machine that never
-used it gets it from its host first, which takes a second for 500 MB. "load" is the call; "ready" also reads every byte
-of what it returned once, as the first use will: load_file returns mapped memory, which is read from the file only then.
-Peak is resident memory at most during both, less what was resident before, relative to the bytes of the file.
+is in the page cache, and the memory that it will take was used and freed just before: a virtual machine gets memory
+that it did not use, or not for a second or two, from its host first, which takes up to a second for 500 MB. "load" is
+the call; "ready" also reads every byte of what it returned once, as the first use will: load_file returns mapped
+memory, which is read from the file only then. Peak is resident memory at most during both, less what was resident
+before, relative to the bytes of the file.
 """
 
 from __future__ import annotations
@@ -98,6 +99,7 @@ def measure(provider: str, folder: str, megabytes: int) -> dict[str, float]:
         times.append(time.perf_counter() - start)
         return loaded
 
+    _use_memory(3 * megabytes * 10**6)
     peak = peak_extra_bytes(run)
     return {"load": times[0], "ready": times[1], "peak": peak}
 
@@ -113,7 +115,6 @@ def _use_memory(size: int) -> None:
 
 
 def in_fresh_process(provider: str, folder: Path, megabytes: int) -> dict[str, float]:
-    _use_memory(3 * megabytes * 10**6)
     command = [sys.executable, __file__, "--measure", json.dumps([provider, str(folder), megabytes])]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     result: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
