@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -16,10 +14,10 @@ from torch.nn import functional as F
 from pycompress import ops
 from pycompress.nn import Int4Linear
 from pycompress.ops.int4_matmul_eager import EagerPlan
+from tests.eager_watchers import NOT_FAST, assert_watched, count_plans, wrong_callers
 from tests.int4_oracle import KIND_IDS, KINDS
 from tests.test_int4_linear import bias_of, like, loaded, make
 from tests.test_int8_linear import FUNCTIONS
-from tests.test_int8_linear_eager import FunctionRecorder, Recorder, Subclass, transposed
 
 OP = torch.ops.pycompress.int4_linear.default
 
@@ -194,17 +192,7 @@ def test_jit_trace_fx_and_vmap() -> None:
 
 @pytest.fixture
 def fast(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """One entry a call that asked a plan: whether it gave the result."""
-    taken: list[bool] = []
-    run = EagerPlan.run
-
-    def counted(self: EagerPlan, *args: Any) -> Tensor | None:
-        y = run(self, *args)
-        taken.append(y is not None)
-        return y
-
-    monkeypatch.setattr(EagerPlan, "run", counted)
-    return taken
+    return count_plans(monkeypatch, EagerPlan)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -221,34 +209,9 @@ def test_fast_path_equals_the_operator(isa: str, dtype: torch.dtype, fast: list[
                 assert y.shape == (*shape[:-1], 40)
 
 
-# What the call is made under, and how x is made; each must take the operator.
-NOT_FAST: dict[str, tuple[Callable[[], AbstractContextManager[Any]], Callable[[Tensor], Tensor]]] = {
-    "x wants a gradient": (nullcontext, lambda x: x.clone().requires_grad_()),
-    "autocast": (lambda: torch.autocast("cpu", dtype=torch.bfloat16), lambda x: x),
-    "dispatch mode": (Recorder, lambda x: x),
-    "function mode": (FunctionRecorder, lambda x: x),
-    "profiler": (torch.profiler.profile, lambda x: x),
-    "subclass": (nullcontext, lambda x: x.as_subclass(Subclass)),
-    "not contiguous": (nullcontext, transposed),
-    "negative bit": (nullcontext, lambda x: torch._neg_view(-x)),
-}
-
-
 @pytest.mark.parametrize("case", NOT_FAST)
 def test_who_watches_sees_the_operator(case: str, fast: list[bool]) -> None:
-    context, change = NOT_FAST[case]
-    module, x = make().requires_grad_(False), torch.randn(5, 96)
-    expected = module(x)
-    assert fast == [True]
-    with context() as watcher:
-        y = module(change(x))
-    assert True not in fast[1:]
-    if case == "autocast":
-        assert y.dtype == torch.bfloat16
-        return
-    torch.testing.assert_close(torch.Tensor(y.detach()), expected, rtol=0, atol=0)
-    if isinstance(watcher, (Recorder, FunctionRecorder)):
-        assert any("pycompress.int4_linear" in str(func) for func in watcher.seen)
+    assert_watched("int4_linear", case, make().requires_grad_(False), lambda m, x: OP(*arguments(m, x)), fast)
 
 
 def set_all_data(module: Int4Linear) -> None:
@@ -309,28 +272,4 @@ def test_unknown_backend_set_later_raises() -> None:
 def test_python_threads() -> None:
     """Callers at once, each with a team of two, while another thread replaces the state with an equal one."""
     module = Int4Linear.from_float(nn.Linear(300, 500)).requires_grad_(False)
-    inputs = [torch.randn(m, 300) for m in (1, 7, 64, 200)]
-    expected = [module(x) for x in inputs]
-    state, wrong, stop = module.state_dict(), [], threading.Event()
-
-    def call(i: int) -> None:
-        torch.set_num_threads(2)
-        for _ in range(20):
-            if not torch.equal(module(inputs[i]), expected[i]):
-                wrong.append(i)
-
-    def reload() -> None:
-        while not stop.is_set():
-            module.load_state_dict(state)
-
-    before = torch.get_num_threads()
-    callers = [threading.Thread(target=call, args=(i,)) for i in range(len(inputs))]
-    loader = threading.Thread(target=reload)
-    for thread in (*callers, loader):
-        thread.start()
-    for thread in callers:
-        thread.join()
-    stop.set()
-    loader.join()
-    torch.set_num_threads(before)
-    assert wrong == []
+    assert wrong_callers(module, [torch.randn(m, 300) for m in (1, 7, 64, 200)], calls=20) == []

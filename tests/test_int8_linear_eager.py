@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pycompress import ops
 from pycompress.nn import Int8Linear
 from pycompress.ops.int8_matmul_eager import EagerPlan
+from tests.eager_watchers import NOT_FAST, assert_watched, count_plans
 from tests.test_int8_linear import bias_of, loaded, make
 
 
@@ -27,17 +25,7 @@ def through_op(module: Int8Linear, x: Tensor) -> Tensor:
 
 @pytest.fixture
 def fast(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """One entry a call that asked a plan: whether it gave the result."""
-    taken: list[bool] = []
-    run = EagerPlan.run
-
-    def counted(self: EagerPlan, *args: Any) -> Tensor | None:
-        y = run(self, *args)
-        taken.append(y is not None)
-        return y
-
-    monkeypatch.setattr(EagerPlan, "run", counted)
-    return taken
+    return count_plans(monkeypatch, EagerPlan)
 
 
 @pytest.mark.parametrize("mode", ops.MODES)
@@ -57,68 +45,9 @@ def test_fast_path_equals_the_operator(
             assert y.shape == (*shape[:-1], 40)
 
 
-class Recorder(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[Any] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.append(func)
-        return func(*args, **(kwargs or {}))
-
-
-class FunctionRecorder(TorchFunctionMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[Any] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.append(func)
-        return func(*args, **(kwargs or {}))
-
-
-class Subclass(torch.Tensor):
-    pass
-
-
-def transposed(x: Tensor) -> Tensor:
-    return x.t().contiguous().t()
-
-
-# What the call is made under, and how x is made; each must take the operator.
-NOT_FAST: dict[str, tuple[Callable[[], AbstractContextManager[Any]], Callable[[Tensor], Tensor]]] = {
-    "x wants a gradient": (nullcontext, lambda x: x.clone().requires_grad_()),
-    "autocast": (lambda: torch.autocast("cpu", dtype=torch.bfloat16), lambda x: x),
-    "dispatch mode": (Recorder, lambda x: x),
-    "function mode": (FunctionRecorder, lambda x: x),
-    "profiler": (torch.profiler.profile, lambda x: x),
-    "old profiler": (torch.autograd.profiler.profile, lambda x: x),
-    "subclass": (nullcontext, lambda x: x.as_subclass(Subclass)),
-    "parameter": (nullcontext, lambda x: nn.Parameter(x, requires_grad=False)),
-    "not contiguous": (nullcontext, transposed),
-    "negative bit": (nullcontext, lambda x: torch._neg_view(-x)),
-}
-
-
 @pytest.mark.parametrize("case", NOT_FAST)
 def test_who_watches_sees_the_operator(case: str, fast: list[bool]) -> None:
-    context, change = NOT_FAST[case]
-    module, x = make().requires_grad_(False), torch.randn(5, 96)
-    expected = module(x)
-    assert fast == [True]
-    with context() as watcher:
-        y = module(change(x))
-    assert True not in fast[1:]
-    if case == "autocast":
-        assert y.dtype == torch.bfloat16
-        expected = through_op(module, x.bfloat16())
-    torch.testing.assert_close(torch.Tensor(y.detach()) if case != "autocast" else y, expected, rtol=0, atol=0)
-    if isinstance(watcher, (Recorder, FunctionRecorder)):
-        assert any("pycompress.int8_linear" in str(func) for func in watcher.seen)
-    if case == "profiler":
-        assert "pycompress::int8_linear" in {event.key for event in watcher.key_averages()}
-    if case == "subclass":
-        assert isinstance(y, Subclass)
+    assert_watched("int8_linear", case, make().requires_grad_(False), through_op, fast)
 
 
 def test_gradients_switch_the_fast_path(fast: list[bool]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import threading
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from torch.nn import functional as F
 
 from pycompress import ops
 from pycompress.nn import Int8Linear
+from tests.eager_watchers import wrong_callers
 from tests.test_int8_linear import FUNCTIONS, bias_of, loaded, make
 
 OP = torch.ops.pycompress.int8_linear.default
@@ -162,31 +162,7 @@ def test_autocast() -> None:
 def test_python_threads() -> None:
     """Callers at once, each with a team of two, while another thread replaces the state with an equal one."""
     module = Int8Linear.from_float(nn.Linear(300, 500)).requires_grad_(False)
-    inputs = [torch.randn(m, 300) for m in (1, 7, 64, 200)]
-    expected = [module(x) for x in inputs]
-    state, wrong, stop = module.state_dict(), [], threading.Event()
-
-    def call(i: int) -> None:
-        torch.set_num_threads(2)
-        for _ in range(40):
-            if not torch.equal(module(inputs[i]), expected[i]):
-                wrong.append(i)
-
-    def reload() -> None:
-        while not stop.is_set():
-            module.load_state_dict(state)
-
-    before = torch.get_num_threads()
-    callers = [threading.Thread(target=call, args=(i,)) for i in range(len(inputs))]
-    loader = threading.Thread(target=reload)
-    for thread in (*callers, loader):
-        thread.start()
-    for thread in callers:
-        thread.join()
-    stop.set()
-    loader.join()
-    torch.set_num_threads(before)
-    assert wrong == []
+    assert wrong_callers(module, [torch.randn(m, 300) for m in (1, 7, 64, 200)], calls=40) == []
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import threading
 from typing import Any
 
 import pytest
@@ -15,8 +14,8 @@ from torch.nn import functional as F
 from pycompress import ops
 from pycompress.nn import SparseLinear
 from pycompress.ops.sparse_linear_eager import EagerPlan
+from tests.eager_watchers import NOT_FAST, assert_watched, count_plans, wrong_callers
 from tests.test_int8_linear import FUNCTIONS
-from tests.test_int8_linear_eager import NOT_FAST, FunctionRecorder, Recorder, Subclass
 from tests.test_sparse_linear_module import DTYPES, FixedModel, K, N, bias_of, like, loaded, make
 
 OP = torch.ops.pycompress.sparse_linear.default
@@ -195,17 +194,7 @@ def test_autocast(weight: str) -> None:
 
 @pytest.fixture
 def fast(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """One entry a call that asked a plan: whether it gave the result."""
-    taken: list[bool] = []
-    run = EagerPlan.run
-
-    def counted(self: EagerPlan, *args: Any) -> Tensor | None:
-        y = run(self, *args)
-        taken.append(y is not None)
-        return y
-
-    monkeypatch.setattr(EagerPlan, "run", counted)
-    return taken
+    return count_plans(monkeypatch, EagerPlan)
 
 
 @pytest.mark.parametrize("weight", DTYPES)
@@ -225,23 +214,8 @@ def test_fast_path_equals_the_operator(isa: str, weight: str, activation: str, f
 
 @pytest.mark.parametrize("case", NOT_FAST)
 def test_who_watches_sees_the_operator(case: str, fast: list[bool]) -> None:
-    context, change = NOT_FAST[case]
-    module, x = make(format="bitmap").requires_grad_(False), torch.randn(5, K)
-    expected = module(x)
-    assert fast == [True]
-    with context() as watcher:
-        y = module(change(x))
-    assert True not in fast[1:]
-    if case == "autocast":
-        assert y.dtype == torch.bfloat16
-        expected = module(x.bfloat16())
-    torch.testing.assert_close(torch.Tensor(y.detach()) if case != "autocast" else y, expected, rtol=0, atol=0)
-    if isinstance(watcher, (Recorder, FunctionRecorder)):
-        assert any("pycompress.sparse_linear" in str(func) for func in watcher.seen)
-    if case == "profiler":
-        assert "pycompress::sparse_linear" in {event.key for event in watcher.key_averages()}
-    if case == "subclass":
-        assert isinstance(y, Subclass)
+    module = make(format="bitmap").requires_grad_(False)
+    assert_watched("sparse_linear", case, module, lambda m, x: OP(*op_args(m, x)), fast)
 
 
 def test_plan_is_kept(fast: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,28 +272,4 @@ def test_python_threads(weight: str) -> None:
     """Callers at once, each with a team of two, while another thread replaces the state with an equal one."""
     module = make(weight, k=300, n=200, cost_model=FixedModel(8, 0, 2**62, 1)).requires_grad_(False)
     inputs = [torch.randn(m, 300) for m in (1, 7, 64, 200)]
-    expected = [module(x) for x in inputs]
-    state, wrong, stop = module.state_dict(), [], threading.Event()
-
-    def call(i: int) -> None:
-        torch.set_num_threads(2)
-        for _ in range(30):
-            y = module(inputs[i])
-            if not torch.allclose(y, expected[i], rtol=1e-5, atol=1e-5):
-                wrong.append(i)
-
-    def reload() -> None:
-        while not stop.is_set():
-            module.load_state_dict(state)
-
-    before = torch.get_num_threads()
-    callers = [threading.Thread(target=call, args=(i,)) for i in range(len(inputs))]
-    loader = threading.Thread(target=reload)
-    for thread in (*callers, loader):
-        thread.start()
-    for thread in callers:
-        thread.join()
-    stop.set()
-    loader.join()
-    torch.set_num_threads(before)
-    assert wrong == []
+    assert wrong_callers(module, inputs, 30, lambda a, b: torch.allclose(a, b, rtol=1e-5, atol=1e-5)) == []

@@ -8,6 +8,9 @@ namespace pycompress {
 
 constexpr int64_t kAlignment = 64;  // one cache line, and one AVX-512 register
 
+// Up to the next multiple of kAlignment.
+static constexpr int64_t align(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
 // A buffer that grows and is kept for the next call; one for each calling thread (see thread_scratch).
 class Scratch {
  public:

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "common/check.h"
+#include "common/kernel_table.h"
 #include "common/memory.h"
 #include "common/parallel.h"
 
@@ -63,23 +64,10 @@ Grid choose_grid(const Args& a, const Layout& layout) {
   return best;
 }
 
-int64_t align(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
-
 }  // namespace
 
-const Kernel& best_kernel() {
-  for (const Kernel* kernel : kKernels) {
-    if (isa_usable(kernel->isa)) return *kernel;
-  }
-  return kScalar;
-}
-
-const Kernel& kernel_for(const Layout& layout) {
-  for (const Kernel* kernel : kKernels) {
-    if (kernel->layout.id == layout.id && isa_usable(kernel->isa)) return *kernel;
-  }
-  return kScalar;
-}
+const Kernel& best_kernel() { return best_of(kKernels); }
+const Kernel& kernel_for(const Layout& layout) { return best_for(kKernels, layout); }
 
 Prepared prepare(const void* packed, int64_t bytes) {
   const PackedWeight weight = open_packed(packed, bytes);

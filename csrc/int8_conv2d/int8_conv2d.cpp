@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "common/check.h"
+#include "common/kernel_table.h"
 #include "common/memory.h"
 #include "common/parallel.h"
 
@@ -35,8 +36,6 @@ constexpr int64_t kTeamBytes = 16 << 20;    // of images that all threads quanti
 constexpr double kFewProducts = 1 << 20;    // microseconds: a team is not worth waking
 constexpr int64_t kOverread = 64;           // whole registers of scales and bias are read behind the last
 constexpr int64_t kLargestGeometry = int64_t(1) << 40;
-
-int64_t align(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
 // ---- checks ----------------------------------------------------------------------------------------------------
 
@@ -285,19 +284,8 @@ const float* widened(const void* values, Dtype dtype, int64_t n, char* to) {
 
 }  // namespace
 
-const Kernel& best_kernel() {
-  for (const Kernel* kernel : kKernels) {
-    if (isa_usable(kernel->isa)) return *kernel;
-  }
-  return kScalar;
-}
-
-const Kernel& kernel_for(const Layout& layout) {
-  for (const Kernel* kernel : kKernels) {
-    if (kernel->layout.id == layout.id && isa_usable(kernel->isa)) return *kernel;
-  }
-  return kScalar;
-}
+const Kernel& best_kernel() { return best_of(kKernels); }
+const Kernel& kernel_for(const Layout& layout) { return best_for(kKernels, layout); }
 
 Prepared prepare(const void* packed, int64_t bytes) {
   const PackedConv weight = open_packed(packed, bytes);

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "common/check.h"
+#include "common/kernel_table.h"
 #include "common/parallel.h"
 
 namespace pycompress::int8_embedding {
@@ -96,12 +97,7 @@ int choose_threads(const Args& a) {
 
 }  // namespace
 
-const Kernel& best_kernel() {
-  for (const Kernel* kernel : kKernels) {
-    if (isa_usable(kernel->isa)) return *kernel;
-  }
-  return kScalar;
-}
+const Kernel& best_kernel() { return best_of(kKernels); }
 
 void run(const Args& a) {
   check_args(a);

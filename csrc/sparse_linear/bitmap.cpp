@@ -62,8 +62,6 @@ int thread_count(const Args& a, const Bitmap& w) {
   return alone / threads + kForkCost < alone ? threads : 1;
 }
 
-int64_t align(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
-
 }  // namespace
 
 int64_t scan_bitmap(const uint8_t* bits, int64_t n, int64_t k, int64_t* row_start) {

@@ -103,8 +103,6 @@ Range split_strips(const IndexWeight& w, int parts, int i) {
   return {boundary(i), boundary(i + 1)};
 }
 
-int64_t align(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
-
 }  // namespace
 
 const IndexKernel& best_index_kernel(WeightType type) {

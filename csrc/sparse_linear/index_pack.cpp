@@ -15,7 +15,6 @@ namespace {
 constexpr const IndexLayout* kLayouts[] = {&kFloats1, &kFloats2, &kFloats4, &kHalves1, &kHalves2, &kHalves4,
                                            &kQuads1,  &kPairs2,  &kQuads2,  &kPairs4,  &kQuads4};
 
-int64_t align(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 int64_t strip_count(int64_t n) { return (n + kStrip - 1) / kStrip; }
 int popcount(unsigned bits) { return __builtin_popcount(bits); }
 
